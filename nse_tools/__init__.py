@@ -1,0 +1,76 @@
+"""nse_tools: see and steer what a language model knows.
+
+Neuron-level Sequential Editing (NSE, arXiv 2410.04045) of facts inside Hugging Face language models, every step open to
+inspection. ``import nse_tools as nse`` gives the notebook's vocabulary; heavy parts load when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Fact": "facts",
+    "FactList": "facts",
+    "known_facts": "facts",
+    "load_facts": "facts",
+    "Architecture": "models",
+    "EditableModel": "models",
+    "load_model": "models",
+    "Contexts": "tracing",
+    "load_corpus": "tracing",
+    "sample_contexts": "tracing",
+    "sample_corpus": "tracing",
+    "second_moments": "tracing",
+    "EditRound": "editing",
+    "EditSession": "editing",
+    "FactStates": "editing",
+    "KeyHistory": "editing",
+    "Keys": "editing",
+    "LayerUpdate": "editing",
+    "Method": "editing",
+    "NeuronSelection": "editing",
+    "PreservedMoments": "editing",
+    "TargetValues": "editing",
+    "collect_keys": "editing",
+    "compute_values": "editing",
+    "hidden_states": "editing",
+    "methods": "editing",
+    "overlaps": "editing",
+    "select_neurons": "editing",
+    "solve_update": "editing",
+    "write_values": "editing",
+    "FactScores": "evaluation",
+    "ForgettingMatrix": "evaluation",
+    "forgetting_matrix": "evaluation",
+    "knowledge": "evaluation",
+    "perplexity": "evaluation",
+    "score_facts": "evaluation",
+    "run_stream": "figures",
+    "save_stream": "figures",
+}
+_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "tracing"}
+
+__all__ = ["__version__", *sorted(_HOME), *sorted(_ROOMS)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from nse_tools.editing import *  # noqa: F403
+    from nse_tools.evaluation import *  # noqa: F403
+    from nse_tools.facts import *  # noqa: F403
+    from nse_tools.figures import *  # noqa: F403
+    from nse_tools.models import *  # noqa: F403
+    from nse_tools.tracing import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"nse_tools.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"nse_tools.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'nse_tools' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

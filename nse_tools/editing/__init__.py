@@ -1,0 +1,35 @@
+"""The four steps, the round, the session."""
+
+from nse_tools.editing import methods
+from nse_tools.editing.history import KeyHistory
+from nse_tools.editing.keys import FactStates, Keys, collect_keys, hidden_states
+from nse_tools.editing.method import Method
+from nse_tools.editing.neurons import NeuronSelection, overlaps, select_neurons
+from nse_tools.editing.rounds import EditPass, EditRound, LayerStep
+from nse_tools.editing.session import EditSession
+from nse_tools.editing.solvers import LayerUpdate, PreservedMoments, solve_update
+from nse_tools.editing.updating import write_values
+from nse_tools.editing.values import TargetValues, compute_values
+
+__all__ = [
+    "EditPass",
+    "EditRound",
+    "EditSession",
+    "FactStates",
+    "KeyHistory",
+    "Keys",
+    "LayerStep",
+    "LayerUpdate",
+    "Method",
+    "NeuronSelection",
+    "PreservedMoments",
+    "TargetValues",
+    "collect_keys",
+    "compute_values",
+    "hidden_states",
+    "methods",
+    "overlaps",
+    "select_neurons",
+    "solve_update",
+    "write_values",
+]

@@ -1,0 +1,148 @@
+"""Step 3: which neurons may be rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nse_tools.editing.keys import Keys
+from nse_tools.editing.method import Per, Rule
+from nse_tools.errors import SettingError
+
+
+@dataclass(frozen=True)
+class NeuronSelection:
+    """The neurons selected at one layer.
+
+    Parameters
+    ----------
+    layer : int
+        The layer.
+    indices : Tensor
+        Selected neurons, ascending, (n_selected,).
+    scores : Tensor
+        Score of every neuron, (d_ff,): Σ_j |k_j[i]| over the facts of the pass.
+    neuron_threshold : float
+        The share p that was asked for.
+    share : float
+        The share of the summed scores that was reached.
+    per_fact : Tensor, optional
+        Which neurons each fact selected, (n_facts, d_ff) bool, where each has a set of its own.
+    """
+
+    layer: int
+    indices: Tensor = field(repr=False)
+    scores: Tensor = field(repr=False)
+    neuron_threshold: float
+    share: float
+    per_fact: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def d_ff(self) -> int:
+        """Number of neurons of the layer."""
+        return len(self.scores)
+
+    @property
+    def all(self) -> bool:
+        """Whether every neuron is selected."""
+        return len(self.indices) == self.d_ff
+
+    def overlap(self, other: NeuronSelection) -> float:
+        """Return the Jaccard overlap |A ∩ B| / |A ∪ B| with another selection of the same layer.
+
+        Raises
+        ------
+        SettingError
+            If the other selection is of another layer.
+        """
+        if other.layer != self.layer:
+            raise SettingError(f"Neurons of layer {self.layer} and of layer {other.layer} cannot overlap.")
+        mine, theirs = set(self.indices.tolist()), set(other.indices.tolist())
+        return len(mine & theirs) / len(mine | theirs)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a neuron, highest score first: score, running share, whether selected."""
+        order = self.scores.argsort(descending=True, stable=True)
+        chosen = torch.zeros(self.d_ff, dtype=torch.bool)
+        chosen[self.indices] = True
+        scores = self.scores[order].double()
+        return pd.DataFrame(
+            {
+                "layer": self.layer,
+                "neuron": order.tolist(),
+                "score": scores.tolist(),
+                "running_share": (scores.cumsum(0) / scores.sum()).tolist(),
+                "selected": chosen[order].tolist(),
+            }
+        )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __repr__(self) -> str:
+        reached = f"share {self.share:.4f} of p {self.neuron_threshold:g}"
+        return f"NeuronSelection(layer {self.layer}: {len(self)} of {self.d_ff} neurons, {reached})"
+
+    def _repr_html_(self) -> str:
+        return f"<div>{self!r}</div>" + self.to_frame().head(10).to_html(escape=True, index=False, float_format="{:.3g}".format)
+
+
+def select_neurons(keys: Keys, neuron_threshold: float = 1.0, per: Per = "batch", rule: Rule = "reach") -> NeuronSelection:
+    """Select the neurons whose scores |k[i]| make up the share p of the total.
+
+    Neurons are sorted by Σ_j |k_j[i]|, descending; the set is the smallest whose scores reach p of the sum (NSE, arXiv
+    2410.04045, eq. for 𝓘; ``rule="not_exceed"`` is the released code's: the longest prefix that does not exceed p, of one
+    neuron at least). With p = 1 every neuron is selected, without rounding.
+
+    Parameters
+    ----------
+    keys : Keys
+        (n_facts, d_ff).
+    neuron_threshold : float
+        p in (0, 1].
+    per : {"batch", "fact"}
+        One set for all the facts (released code), or one for each (the paper's wording).
+    rule : {"reach", "not_exceed"}
+        See above.
+
+    Raises
+    ------
+    SettingError
+        If p is outside (0, 1] or there are no keys.
+    """
+    if not 0 < neuron_threshold <= 1:
+        raise SettingError(f"neuron_threshold={neuron_threshold!r}: expected a share in (0, 1].")
+    if not len(keys):
+        raise SettingError("select_neurons: there are no keys to select by.")
+    each = keys.values.double().abs()
+    scores = each.sum(dim=0)
+    if per == "batch":
+        mask, per_fact = _smallest_set(scores, neuron_threshold, rule), None
+    else:
+        per_fact = torch.stack([_smallest_set(row, neuron_threshold, rule) for row in each])
+        mask = per_fact.any(dim=0)
+    share = 1.0 if bool(mask.all()) else float(scores[mask].sum() / scores.sum())
+    return NeuronSelection(keys.layer, torch.nonzero(mask)[:, 0], scores.float(), neuron_threshold, share, per_fact)
+
+
+def _smallest_set(scores: Tensor, share: float, rule: Rule) -> Tensor:
+    if share == 1:
+        return torch.ones_like(scores, dtype=torch.bool)
+    order = scores.argsort(descending=True, stable=True)
+    running = scores[order].cumsum(0)
+    goal = share * running[-1]
+    # a set reaches p as soon as its sum is not below the goal, up to the rounding of the sum itself
+    tolerance = running[-1] * 1e-12
+    count = int((running < goal - tolerance).sum()) + 1 if rule == "reach" else max(1, int((running <= goal + tolerance).sum()))
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[order[:count]] = True
+    return mask
+
+
+def overlaps(selections: Sequence[NeuronSelection]) -> pd.DataFrame:
+    """Return the Jaccard overlap of every pair of selections of one layer as a square table."""
+    return pd.DataFrame([[a.overlap(b) for b in selections] for a in selections])

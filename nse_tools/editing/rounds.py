@@ -1,0 +1,180 @@
+"""The record of one round: which facts took part in which pass, and what was done to each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from nse_tools import _late
+from nse_tools.editing.keys import Keys
+from nse_tools.editing.method import Method
+from nse_tools.editing.neurons import NeuronSelection
+from nse_tools.editing.solvers import LayerUpdate
+from nse_tools.editing.values import TargetValues
+from nse_tools.errors import SettingError
+from nse_tools.facts import FactList
+
+TAKEN, BELOW, ABOVE = "taken", "below alpha", "at or above upper bound"
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """What a pass did to one layer.
+
+    Parameters
+    ----------
+    layer : int
+        The layer.
+    selection : NeuronSelection
+        The neurons that could change.
+    update : LayerUpdate
+        The change.
+    residuals : tuple of float
+        ‖z_j − h_j^L‖ of *every* fact of the round before this update.
+    """
+
+    layer: int
+    selection: NeuronSelection
+    update: LayerUpdate
+    residuals: tuple[float, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class EditPass:
+    """One pass over the layers.
+
+    Parameters
+    ----------
+    number : int
+        0 for the first.
+    fates : tuple of str
+        For each fact of the round ``"taken"``, ``"below alpha"`` or ``"at or above upper bound"``.
+    layers : mapping of int to LayerStep
+        Layer → what was done, in the order it was done.
+    """
+
+    number: int
+    fates: tuple[str, ...] = field(repr=False)
+    layers: Mapping[int, LayerStep] = field(repr=False)
+
+    @property
+    def n_taken(self) -> int:
+        """Number of facts that took part."""
+        return sum(f == TAKEN for f in self.fates)
+
+    def __repr__(self) -> str:
+        return f"EditPass({self.number}: {self.n_taken} of {len(self.fates)} facts, layers {list(self.layers)})"
+
+
+@dataclass(frozen=True)
+class EditRound:
+    """The record of one round of edits; it shows itself in a notebook.
+
+    Parameters
+    ----------
+    number : int
+        t, counted from 1.
+    facts : FactList
+        The facts of the round.
+    method : Method
+        The method it was made with.
+    values : TargetValues
+        Step 1.
+    passes : tuple of EditPass
+        Steps 2 to 4, pass by pass.
+    final_residuals : tuple of float
+        ‖z_j − h_j^L‖ of each fact after the round.
+    final_keys : mapping of int to Keys
+        Layer → keys of every fact of the round at the weights after it; they enter the history.
+    seconds : mapping of str to float
+        Time spent on values, states, keys, solving and applying.
+    digest : str
+        Hash of the edited layers' weights after the round.
+    """
+
+    number: int
+    facts: FactList
+    method: Method
+    values: TargetValues
+    passes: tuple[EditPass, ...]
+    final_residuals: tuple[float, ...] = field(repr=False)
+    final_keys: Mapping[int, Keys] = field(repr=False)
+    seconds: Mapping[str, float] = field(repr=False)
+    digest: str
+
+    @property
+    def updates(self) -> list[LayerUpdate]:
+        """All changes of weights, in the order they were made."""
+        return [step.update for a_pass in self.passes for step in a_pass.layers.values()]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Facts that took part in no pass at all, with the reason: these were *not* edited."""
+        fates = {f.id: [p.fates[i] for p in self.passes] for i, f in enumerate(self.facts)}
+        return {fact: seen[0] if seen else "no pass was made" for fact, seen in fates.items() if TAKEN not in seen}
+
+    def selection(self, layer: int, number: int = 0) -> NeuronSelection:
+        """Return the neurons selected at a layer in a pass.
+
+        Raises
+        ------
+        SettingError
+            If the round has no such pass or layer.
+        """
+        if not 0 <= number < len(self.passes) or layer not in self.passes[number].layers:
+            raise SettingError(f"Round {self.number} has passes 0 to {len(self.passes) - 1} over layers {self.method.layers}.")
+        return self.passes[number].layers[layer].selection
+
+    def residuals(self) -> pd.DataFrame:
+        """Return ‖z − h^L‖ of every fact before every update and at the end: one row a step and fact.
+
+        Columns ``round``, ``step``, ``pass``, ``layer`` (missing at the end), ``fact``, ``residual``, ``fate``.
+        """
+        rows: list[tuple[Any, ...]] = []
+        step = 0
+        for a_pass in self.passes:
+            for layer, done in a_pass.layers.items():
+                for fact, norm, fate in zip(self.facts, done.residuals, a_pass.fates, strict=True):
+                    rows.append((self.number, step, a_pass.number, layer, fact.id, norm, fate))
+                step += 1
+        rows += [(self.number, step, len(self.passes), None, f.id, r, "end") for f, r in zip(self.facts, self.final_residuals, strict=True)]
+        frame = pd.DataFrame(rows, columns=["round", "step", "pass", "layer", "fact", "residual", "fate"])
+        return frame.astype({"layer": "Int64"})
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a pass and layer: facts taken, neurons, share, ‖ΔW‖, condition, mean residual before."""
+        rows = [
+            {
+                "round": self.number,
+                "pass": a_pass.number,
+                "layer": layer,
+                "facts": a_pass.n_taken,
+                "neurons": len(done.selection),
+                "share": done.selection.share,
+                "norm_update": done.update.norm,
+                "condition": done.update.condition,
+                "residual_before": sum(done.residuals) / len(done.residuals),
+            }
+            for a_pass in self.passes
+            for layer, done in a_pass.layers.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        first = self.passes[0].layers[self.method.layers[0]].residuals if self.passes else self.final_residuals
+        n = len(self.facts)
+        left_out = f", {len(self.skipped)} facts NOT edited" if self.skipped else ""
+        return (
+            f"EditRound({self.number}: {n} facts, {len(self.passes)} pass{'es' * (len(self.passes) != 1)}, mean residual "
+            f"{sum(first) / n:.1f} → {sum(self.final_residuals) / n:.2f}, {sum(self.seconds.values()):.1f} s{left_out})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<div>{self!r}</div>" + self.to_frame().to_html(escape=True, index=False, float_format="{:.4g}".format)
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the residuals per layer and pass (:func:`nse_tools.plots.residuals`)."""
+        return _late.call("plots", "residuals", self, **options)

@@ -1,0 +1,371 @@
+"""A sequence of rounds on one model: edit, look back in time, take back."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nse_tools import _late
+from nse_tools.editing import methods
+from nse_tools.editing.history import KeyHistory
+from nse_tools.editing.method import Method
+from nse_tools.editing.rounds import EditRound
+from nse_tools.editing.updating import Stopwatch, write_values
+from nse_tools.editing.values import TargetValues, compute_values
+from nse_tools.errors import FactError, SettingError, StateError
+from nse_tools.facts import Fact, FactList
+from nse_tools.models import EditableModel
+from nse_tools.models.weights import copy_of, digest_of, weights_in_place, write_weights
+from nse_tools.tracing.contexts import Contexts, sample_contexts
+from nse_tools.tracing.moments import SecondMoments, second_moments
+
+_log = logging.getLogger(__name__)
+
+
+class EditSession:
+    """Rounds of edits on one model, every step kept for inspection.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model; its weights change with every :meth:`edit`.
+    method : Method, optional
+        How rounds are made; NSE with the embedded model's preset by default.
+    contexts : Contexts, optional
+        The contexts of values and keys; sampled from the model with ``seed`` by default, at the first edit.
+    moments : SecondMoments, optional
+        Key statistics C; by default computed (or taken from the cache) at the first edit.
+    seed : int
+        Seed of contexts and of the sampled text for C.
+    progress : bool
+        Show progress bars.
+
+    Raises
+    ------
+    SettingError
+        If the method names layers the model does not have, or its preset was made for a model of another shape.
+    StateError
+        If the model already carries edits of another session.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        method: Method | None = None,
+        *,
+        contexts: Contexts | None = None,
+        moments: SecondMoments | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.method = method or methods.nse()
+        self.seed = seed
+        self.progress = progress
+        self.memo: dict[Any, Any] = {}
+        """Results that other rooms keep with the session (scores); entries are keyed by the round they belong to."""
+        self._contexts, self._moments = contexts, moments
+        self._rounds: list[EditRound] = []
+        self._history = KeyHistory()
+        _check_preset(self.method, model)
+        model.check_layers(self.method.layers)
+        model.originals.keep(self.method.layers)
+        self._original_digest = digest_of_originals(model, self.method.layers)
+        if digest_of(model, self.method.layers) != self._original_digest:
+            raise StateError(
+                "The model already carries edits of another session. Take them back first (session.rewind(to=0)), or load the model anew."
+            )
+
+    # ---- recorded inputs ---------------------------------------------------------------------------------------------
+    @property
+    def contexts(self) -> Contexts:
+        """The contexts of this session, sampled at first use."""
+        if self._contexts is None:
+            self._contexts = sample_contexts(self.model, self.seed)
+        return self._contexts
+
+    @property
+    def moments(self) -> SecondMoments:
+        """The key statistics C of the edited layers, computed or taken from the cache at first use."""
+        if self._moments is None:
+            self._moments = second_moments(self.model, self.method.layers, seed=self.seed, progress=self.progress)
+        return self._moments
+
+    @property
+    def history(self) -> KeyHistory:
+        """Keys of all rounds so far."""
+        return self._history
+
+    # ---- rounds ------------------------------------------------------------------------------------------------------
+    @property
+    def rounds(self) -> tuple[EditRound, ...]:
+        """The rounds so far; ``rounds[0]`` is round 1."""
+        return tuple(self._rounds)
+
+    @property
+    def facts(self) -> list[FactList]:
+        """The facts of each round."""
+        return [r.facts for r in self._rounds]
+
+    def __len__(self) -> int:
+        return len(self._rounds)
+
+    def __iter__(self) -> Iterator[EditRound]:
+        return iter(self._rounds)
+
+    def edit(self, facts: Fact | Sequence[Fact], values: TargetValues | None = None) -> EditRound:
+        """Write a batch of facts into the model: one round.
+
+        If anything goes wrong or is interrupted, the weights are put back bit for bit and no round is added.
+
+        Parameters
+        ----------
+        facts : Fact or sequence of Fact
+            The facts of the round.
+        values : TargetValues, optional
+            Their target values, where they are known already.
+
+        Returns
+        -------
+        EditRound
+            The record of the round.
+
+        Raises
+        ------
+        FactError
+            If there are no facts, or two of them contradict each other.
+        StateError
+            If somebody changed the edited weights since the last round.
+        EditError
+            If a step fails; it says at which fact, layer and setting.
+        """
+        batch = facts if isinstance(facts, FactList) else FactList([facts] if isinstance(facts, Fact) else facts)
+        check_batch(batch)
+        self._check_untouched()
+        watch, layers = Stopwatch(), self.method.layers
+        contexts, moments = self.contexts, self.moments
+        with self._put_back_on_error():
+            with watch.time("values"):
+                values = values or compute_values(self.model, batch, contexts, self.method, progress=self.progress)
+            if values.fact_ids != tuple(batch.ids) or values.layer != self.method.last_layer:
+                raise FactError(f"The given values are of other facts or of layer {values.layer}, not {self.method.last_layer}.")
+            written = write_values(
+                self.model, self.method, batch, values, contexts, moments, self._history, watch=watch, progress=self.progress
+            )
+            done = EditRound(
+                number=len(self) + 1,
+                facts=batch,
+                method=self.method,
+                values=values,
+                passes=written.passes,
+                final_residuals=written.final_residuals,
+                final_keys=written.final_keys,
+                seconds=dict(watch.seconds),
+                digest=digest_of(self.model, layers),
+            )
+        self._rounds.append(done)
+        self._history.add(done.final_keys)
+        if done.skipped:
+            reasons = dict(Counter(done.skipped.values()))
+            _log.warning(
+                "round %d: %d facts were not edited (%s), e.g. %s", done.number, len(done.skipped), reasons, next(iter(done.skipped))
+            )
+        return done
+
+    def edit_all(self, facts: FactList, rounds_of: int) -> list[EditRound]:
+        """Edit facts round after round; a progress bar counts the rounds."""
+        plan = facts.rounds(of=rounds_of)
+        return [self.edit(batch) for batch in tqdm(plan, desc="rounds", unit="round", disable=not self.progress)]
+
+    def undo(self) -> EditRound:
+        """Take the last round back, bit for bit; return it.
+
+        Raises
+        ------
+        SettingError
+            If there is no round.
+        """
+        if not self._rounds:
+            raise SettingError("There is no round to undo.")
+        return self.rewind(to=len(self) - 1)[0]
+
+    def rewind(self, to: int) -> list[EditRound]:
+        """Go back to the state after round ``to`` (0: unedited), bit for bit; return the rounds taken back, oldest first.
+
+        Raises
+        ------
+        SettingError
+            If there is no such round.
+        StateError
+            If somebody changed the edited weights meanwhile.
+        """
+        self._check_round(to)
+        self._check_untouched()
+        weights = self.weights_at(to)
+        write_weights(self.model, weights)
+        taken, self._rounds = self._rounds[to:], self._rounds[:to]
+        self._history = self._history.upto(to)
+        self.memo = {key: value for key, value in self.memo.items() if key[0] <= to}
+        return taken
+
+    @contextmanager
+    def at(self, round: int) -> Iterator[EditableModel]:
+        """Look at the model as it was after a round (0: unedited) inside a ``with`` block; then come back.
+
+        Raises
+        ------
+        SettingError
+            If there is no such round.
+        """
+        self._check_round(round)
+        with weights_in_place(self.model, self.weights_at(round)):
+            yield self.model
+
+    @torch.no_grad()
+    def weights_at(self, round: int) -> dict[int, Tensor]:
+        """Return the edited layers' weights after a round: originals plus the recorded updates, in their order.
+
+        Returns
+        -------
+        dict of int to Tensor
+            Layer → (d_model, d_ff), on CPU.
+
+        Raises
+        ------
+        StateError
+            If the result is not, bit for bit, what the round left behind.
+        """
+        self._check_round(round)
+        originals = {layer: self.model.originals[layer] for layer in self.method.layers}
+        with weights_in_place(self.model, originals):
+            for done in self._rounds[:round]:
+                for update in done.updates:
+                    update.apply(self.model)
+            expected = self._rounds[round - 1].digest if round else self._original_digest
+            if digest_of(self.model, self.method.layers) != expected:
+                raise StateError(f"The weights of round {round} could not be made again bit for bit; was the thread count changed?")
+            return {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}
+
+    # ---- looking -----------------------------------------------------------------------------------------------------
+    def scores(self, round: int | None = None, **options: Any) -> pd.DataFrame:
+        """Return efficacy, generalization, specificity, … after each round, or after one (:func:`nse_tools.evaluation.session_scores`)."""
+        return _late.call("evaluation", "session_scores", self, round=round, **options)
+
+    def forgetting(self, **options: Any) -> Any:
+        """Return the forgetting matrix M[t, s] (:func:`nse_tools.evaluation.forgetting_matrix`)."""
+        return _late.call("evaluation", "forgetting_matrix", self, **options)
+
+    def changed_parameters(self) -> pd.DataFrame:
+        """Return one row an edited weight: name, shape, ‖ΔW‖, ‖ΔW‖/‖W₀‖, largest change of an entry."""
+        rows = []
+        for layer in self.method.layers:
+            before = self.model.originals[layer].double()
+            change = copy_of(self.model.weight(layer)).double() - before
+            rows.append(
+                {
+                    "parameter": self.model.weight_name(layer),
+                    "shape": tuple(before.shape),
+                    "norm_change": float(change.norm()),
+                    "relative_change": float(change.norm() / before.norm()),
+                    "largest_change": float(change.abs().max()),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def residuals(self) -> pd.DataFrame:
+        """Return the residuals of all rounds (:meth:`EditRound.residuals`)."""
+        return pd.concat([r.residuals() for r in self._rounds], ignore_index=True) if self._rounds else pd.DataFrame()
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a round: facts, passes, facts skipped, mean residual before and after, ‖ΔW‖, seconds."""
+        rows = []
+        for r in self._rounds:
+            before = r.residuals().query("step == 0").residual.mean()
+            rows.append(
+                {
+                    "round": r.number,
+                    "facts": len(r.facts),
+                    "passes": len(r.passes),
+                    "not_edited": len(r.skipped),
+                    "residual_before": before,
+                    "residual_after": sum(r.final_residuals) / len(r.facts),
+                    "norm_update": sum(u.norm**2 for u in r.updates) ** 0.5,
+                    "seconds": sum(r.seconds.values()),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        n = sum(len(f) for f in self.facts)
+        return f"EditSession({self.model.name}: {len(self)} rounds, {n} facts, {self.method!r})"
+
+    def _repr_html_(self) -> str:
+        return f"<div>{self!r}</div>" + (
+            self.to_frame().to_html(escape=True, index=False, float_format="{:.4g}".format) if self._rounds else ""
+        )
+
+    # ---- guards ------------------------------------------------------------------------------------------------------
+    @contextmanager
+    def _put_back_on_error(self) -> Iterator[None]:
+        before = {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}
+        try:
+            yield
+        except BaseException:
+            write_weights(self.model, before)
+            raise
+
+    def _check_round(self, round: int) -> None:
+        if not isinstance(round, int) or not 0 <= round <= len(self):
+            raise SettingError(f"There are rounds 0 (unedited) to {len(self)}; there is no round {round!r}.")
+
+    def _check_untouched(self) -> None:
+        expected = self._rounds[-1].digest if self._rounds else self._original_digest
+        if digest_of(self.model, self.method.layers) != expected:
+            raise StateError(
+                f"The edited layers' weights are not what round {len(self)} left behind: somebody wrote into them. "
+                "Put them back, or write session.weights_at(round) into the model."
+            )
+
+
+def check_batch(facts: FactList) -> None:
+    """Refuse a batch that is empty or contradicts itself: one prompt and subject with two new targets.
+
+    Raises
+    ------
+    FactError
+        Naming the facts.
+    """
+    if not len(facts):
+        raise FactError("There are no facts to edit.")
+    targets: dict[str, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        targets[fact.text].append(fact)
+    for text, same in targets.items():
+        if len({f.target_new for f in same}) > 1:
+            raise FactError(f"Facts {[f.id for f in same]} contradict each other: {text!r} → {[f.target_new for f in same]}.")
+
+
+def digest_of_originals(model: EditableModel, layers: Sequence[int]) -> str:
+    """Return the hash that the edited layers have under the original weights."""
+    with weights_in_place(model, {layer: model.originals[layer] for layer in layers}):
+        return digest_of(model, layers)
+
+
+def _check_preset(method: Method, model: EditableModel) -> None:
+    if method.preset is None or method.preset not in methods.presets():
+        return
+    made_for = methods.presets()[method.preset]["model"]
+    found = {"n_layers": model.n_layers, "d_model": model.d_model, "d_ff": model.d_ff}
+    if made_for != found:
+        raise SettingError(
+            f"The preset {method.preset!r} was made for a model of shape {made_for}; {model.name} has {found}. "
+            "Use its own preset, or preset=None with layers=… and settings for this model (alpha relative: band_unit='relative')."
+        )

@@ -1,0 +1,139 @@
+"""Batches of prompts of which only the tokens from the subject's last one on are run again and again.
+
+A change at the subject's last token at layer L cannot reach earlier tokens (attention is causal) nor earlier layers.
+So for every row the keys and values of the tokens before it, the states leaving layer L, and how the layers above L are
+called, are computed once; a step of the value search runs layers L+1… on the few remaining tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import nnsight
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from nse_tools.models import EditableModel
+from nse_tools.models.editable import hidden_of
+from nse_tools.tracing.batches import pad
+from nse_tools.tracing.prompts import LocatedPrompt
+from nse_tools.tracing.replay import LayerCall, PrefixCache, keep_rows, run_layer
+
+
+@dataclass(frozen=True, slots=True)
+class SuffixBatch:
+    """Rows ready to be replayed from the output of layer L on.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        h^L of the replayed tokens, (rows, tokens, d_model).
+    final : Tensor
+        States leaving the last layer as the model itself computed them, for checking a replay.
+    at : Tensor
+        Index of the subject's last token among a row's replayed tokens, (rows,).
+    starts : Tensor
+        Each row's first replayed token, counted in its prompt, (rows,).
+    """
+
+    model: EditableModel
+    layer: int
+    hidden: Tensor
+    final: Tensor
+    at: Tensor
+    starts: Tensor
+    calls: dict[int, LayerCall]
+
+    @classmethod
+    def record(cls, model: EditableModel, prompts: Sequence[LocatedPrompt], layer: int, whole: bool = False) -> SuffixBatch:
+        """Run the prompts once and keep what replays need.
+
+        Parameters
+        ----------
+        model : EditableModel
+            The model, under the weights of the moment.
+        prompts : sequence of LocatedPrompt
+            One row each.
+        layer : int
+            L.
+        whole : bool
+            Replay whole prompts instead of suffixes: slower, and needs no cached keys and values.
+        """
+        starts = [0 if whole else p.position for p in prompts]
+        with torch.no_grad(), model.running():
+            prefix_mask, cache = _run_prefixes(model, [p.ids[:s] for p, s in zip(prompts, starts, strict=True)])
+            tokens = pad([p.ids[s:] for p, s in zip(prompts, starts, strict=True)], model.pad_id, model.device)
+            first = torch.tensor(starts, device=model.device)
+            hidden, final, calls = _trace(
+                model, layer, tokens.ids, torch.cat([prefix_mask, tokens.mask], 1), tokens.positions + first[:, None], cache
+            )
+        at = torch.tensor([p.position - s for p, s in zip(prompts, starts, strict=True)], device=model.device)
+        return cls(model, layer, hidden, final, at, first, calls)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return self.hidden.shape[0]
+
+    def clean(self) -> Tensor:
+        """Return h₀^L at each row's subject's last token, (rows, d_model)."""
+        return self.hidden[torch.arange(self.n_rows, device=self.hidden.device), self.at]
+
+    def replay(self, delta: Tensor) -> Tensor:
+        """Add a vector to h^L at each row's subject token and run the layers above.
+
+        Parameters
+        ----------
+        delta : Tensor
+            (rows, d_model); gradients flow back to it.
+
+        Returns
+        -------
+        Tensor
+            States leaving the last layer, (rows, tokens, d_model).
+        """
+        hidden = self.hidden.clone()
+        hidden[torch.arange(self.n_rows, device=hidden.device), self.at] += delta
+        for layer in range(self.layer + 1, self.model.n_layers):
+            hidden = run_layer(self.model, layer, self.calls[layer], hidden)
+        return hidden
+
+    def keep_rows(self, rows: Tensor) -> SuffixBatch:
+        """Return a batch of some of the rows."""
+        calls = keep_rows(self.calls, rows, self.n_rows)
+        return replace(self, hidden=self.hidden[rows], final=self.final[rows], at=self.at[rows], starts=self.starts[rows], calls=calls)
+
+
+def _run_prefixes(model: EditableModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache]:
+    """Fill a cache with the keys and values of left-padded prefixes; an empty one where no row has a prefix."""
+    cache = DynamicCache(config=model.hf.config)
+    if not any(rows):
+        return torch.zeros(len(rows), 0, dtype=torch.long, device=model.device), cache
+    tokens = pad(rows, model.pad_id, model.device, left=True)
+    model.hf.base_model(
+        input_ids=tokens.ids, attention_mask=tokens.mask, position_ids=tokens.positions, past_key_values=cache, use_cache=True
+    )
+    return tokens.mask, cache
+
+
+def _trace(
+    model: EditableModel, layer: int, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+) -> tuple[Tensor, Tensor, dict[int, LayerCall]]:
+    before = PrefixCache.of(cache, above=layer)
+    above = range(layer + 1, model.n_layers)
+    base = model.lm.get(model.hf.base_model_prefix)
+    last = model.n_layers - 1
+    with base.trace(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True):
+        state = hidden_of(model.layer_envoy(layer).output)
+        seen = [model.layer_envoy(index).inputs for index in above]
+        end = hidden_of(model.layer_envoy(last).output) if len(above) else state
+        record = nnsight.save((state, end, seen))
+    hidden, final, inputs = record
+
+    def without_cache(value: object) -> object:
+        return before if value is cache else value
+
+    calls = {index: LayerCall.from_inputs(i).map(without_cache) for index, i in zip(above, inputs, strict=True)}
+    return hidden.clone(), final.clone(), calls

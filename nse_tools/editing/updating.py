@@ -1,0 +1,161 @@
+"""Steps 2 to 4 of a round: pass by pass and layer by layer, until no fact is left or the passes are used up."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nse_tools.editing.history import KeyHistory
+from nse_tools.editing.keys import FactStates, Keys
+from nse_tools.editing.method import Method
+from nse_tools.editing.neurons import select_neurons
+from nse_tools.editing.rounds import ABOVE, BELOW, TAKEN, EditPass, LayerStep
+from nse_tools.editing.solvers import PreservedMoments, solve_update
+from nse_tools.editing.values import TargetValues
+from nse_tools.facts import FactList
+from nse_tools.models import EditableModel
+from nse_tools.tracing.contexts import Contexts
+from nse_tools.tracing.moments import SecondMoments
+
+
+class Stopwatch:
+    """Seconds spent on each named step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def time(self, step: str) -> Iterator[None]:
+        """Add the time of a ``with`` block to a step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[step] += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Written:
+    """What :func:`write_values` did."""
+
+    passes: tuple[EditPass, ...]
+    final_residuals: tuple[float, ...]
+    final_keys: dict[int, Keys]
+
+
+def write_values(
+    model: EditableModel,
+    method: Method,
+    facts: FactList,
+    values: TargetValues,
+    contexts: Contexts,
+    moments: SecondMoments,
+    history: KeyHistory,
+    *,
+    watch: Stopwatch | None = None,
+    progress: bool = False,
+) -> Written:
+    """Change the model's weights so that the facts' states reach their target values.
+
+    In each pass the facts with α < ‖z − h^L‖ < upper bound take part; layer by layer, keys and residuals are read anew,
+    neurons selected, the update solved for and added (NSE, arXiv 2410.04045, algorithm 1).
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model; its weights change.
+    method : Method
+        The settings.
+    facts : FactList
+        The facts.
+    values : TargetValues
+        Their target values, in the same order.
+    contexts : Contexts
+        The contexts that keys are averaged over.
+    moments : SecondMoments
+        C of every edited layer.
+    history : KeyHistory
+        Keys of earlier rounds; not changed here.
+    watch : Stopwatch, optional
+        Counts seconds spent on states, keys, solving and applying.
+    progress : bool
+        Show a progress bar over layers and passes.
+
+    Returns
+    -------
+    Written
+        The passes, the residuals left, and the keys after the last update.
+    """
+    watch = watch or Stopwatch()
+    layers, last = method.layers, method.last_layer
+    model.originals.keep(layers)
+    with watch.time("states"):
+        states = FactStates.record(model, facts, contexts, layers[0], last)
+        residuals = values.z - states.hidden(last)
+    unit = float(residuals.norm(dim=1).mean()) if method.band_unit == "relative" else 1.0
+    preserved = {
+        layer: PreservedMoments(layer, moments[layer], method.mom2_update_weight, history.matrix(layer) if method.use_history else None)
+        for layer in layers
+    }
+    passes: list[EditPass] = []
+    with tqdm(total=method.passes * len(layers), desc="layers", unit="layer", disable=not progress, leave=False) as bar:
+        for number in range(method.passes):
+            fates = _fates(residuals.norm(dim=1), method.alpha * unit, method.upper_bound * unit)
+            if TAKEN not in fates:
+                break
+            steps = _one_pass(model, method, values.z, states, preserved, fates, watch, bar)
+            passes.append(EditPass(number, fates, steps))
+            with watch.time("states"):
+                residuals = values.z - states.hidden(last)
+    with watch.time("keys"):
+        keys = states.keys(layers)
+    return Written(tuple(passes), tuple(residuals.norm(dim=1).tolist()), keys)
+
+
+def _one_pass(
+    model: EditableModel,
+    method: Method,
+    z: Tensor,
+    states: FactStates,
+    preserved: dict[int, PreservedMoments],
+    fates: tuple[str, ...],
+    watch: Stopwatch,
+    bar: tqdm,
+) -> dict[int, LayerStep]:
+    rows = [i for i, fate in enumerate(fates) if fate == TAKEN]
+    steps: dict[int, LayerStep] = {}
+    for place, layer in enumerate(method.layers):
+        with watch.time("states"):
+            # the layers below this one do not change any more in this pass: move the stored states up to it
+            states = states.enter(layer)
+            residuals = z - states.hidden(method.last_layer)
+        with watch.time("keys"):
+            keys = states.keys([layer])[layer].take(rows)
+        with watch.time("solve"):
+            selection = select_neurons(keys, method.neuron_threshold, method.per, method.selection_rule)
+            update = solve_update(
+                keys,
+                residuals[rows],
+                preserved[layer],
+                selection,
+                layers_left=len(method.layers) - place,
+                max_condition=method.max_condition,
+            )
+        with watch.time("apply"):
+            update.apply(model)
+        steps[layer] = LayerStep(layer, selection, update, tuple(residuals.norm(dim=1).tolist()))
+        bar.update()
+    return steps
+
+
+def _fates(norms: Tensor, alpha: float, upper_bound: float) -> tuple[str, ...]:
+    def fate(norm: float) -> str:
+        return BELOW if norm <= alpha else ABOVE if norm >= upper_bound else TAKEN
+
+    return tuple(fate(norm) for norm in norms.tolist())

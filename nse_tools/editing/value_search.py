@@ -1,0 +1,258 @@
+"""The search for target values: Adam on the δ of many facts at once, each fact leaving when it has met the stop rule.
+
+The rows of all facts (a prompt in one context, or the prompt of the KL term) are put into batches of equal suffix length,
+so that hardly a padded token is computed; a fact's loss is summed over the batches that hold its rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nse_tools.editing.method import Method
+from nse_tools.editing.suffix import SuffixBatch
+from nse_tools.errors import EditError
+from nse_tools.facts import Fact
+from nse_tools.models import EditableModel
+from nse_tools.tracing.contexts import Contexts
+from nse_tools.tracing.prompts import LocatedPrompt, locate, locate_fact
+
+_log = logging.getLogger(__name__)
+
+MAX_REPLAYED_TOKENS = 1024
+"""Replayed tokens in one batch, by default: the activations of the layers above L are held for each of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRow:
+    """One row of a fact's loss: predict the target in one context, or stay close to p₀ (no targets: the KL term).
+
+    The last target token is predicted but never read, so that it is not among the prompt's ids.
+    """
+
+    fact: int
+    prompt: LocatedPrompt
+    targets: tuple[int, ...]
+    weight: float
+
+    @property
+    def suffix(self) -> int:
+        """Number of tokens from the subject's last one on."""
+        return len(self.prompt.ids) - self.prompt.position
+
+
+def search_rows(model: EditableModel, facts: Sequence[Fact], contexts: Contexts) -> list[SearchRow]:
+    """Return the rows of all facts: the prompt with its target in each context, then the prompt of the KL term."""
+    rows = []
+    for number, fact in enumerate(facts):
+        for prefix in contexts.prefixes:
+            full = locate_fact(model, fact, prefix)
+            rows.append(SearchRow(number, replace(full, ids=full.ids[:-1]), full.target_ids, 1 / len(contexts)))
+        essence = locate(model, "{} is a", fact.subject)
+        # what follows the subject cannot change the prediction at the subject
+        rows.append(SearchRow(number, replace(essence, ids=essence.upto_subject), (), 1.0))
+    return rows
+
+
+@dataclass(frozen=True)
+class Found:
+    """Result of a search; tensors are (n_facts, d_model) float32 on CPU."""
+
+    delta: Tensor
+    h0: Tensor
+    trace: pd.DataFrame
+    stop: tuple[str, ...]
+    whole: bool
+
+
+class _Batch:
+    """Rows of equal suffix length with the places where their predictions are read."""
+
+    def __init__(self, model: EditableModel, rows: list[SearchRow], suffix: SuffixBatch, reference: Tensor | None = None) -> None:
+        self.model, self.rows, self.suffix, self.reference = model, rows, suffix, reference
+        device = suffix.hidden.device
+        entries = list(self._predictions(suffix.starts.tolist()))
+        columns = zip(*entries, strict=True) if entries else [()] * 5
+        self.row, self.place, self.token, self.fact = (
+            torch.tensor(c, dtype=torch.long, device=device) for c, _ in zip(columns, range(4), strict=False)
+        )
+        self.share = torch.tensor([e[4] for e in entries], device=device)
+        self.row_fact = torch.tensor([r.fact for r in rows], device=device)
+        self.row_weight = torch.tensor([r.weight for r in rows], device=device)
+        self.essence = torch.tensor([i for i, r in enumerate(rows) if not r.targets], dtype=torch.long, device=device)
+        self.is_context = torch.tensor([bool(r.targets) for r in rows], device=device)
+
+    def _predictions(self, starts: list[int]) -> Iterator[tuple[int, int, int, int, float]]:
+        for number, row in enumerate(self.rows):
+            for i, token in enumerate(row.targets):
+                yield number, row.prompt.target_start - 1 + i - starts[number], token, row.fact, 1 / len(row.targets)
+
+    def terms(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each fact's share of the NLL and KL terms and of p(target) from this batch's rows, each (n_facts,)."""
+        final = self.suffix.replay(delta[self.row_fact].to(self.suffix.hidden.dtype))
+        states = torch.cat([final[self.row, self.place], final[self.essence, self.suffix.at[self.essence]]])
+        logp = self.model.unembed(states).float().log_softmax(-1)
+        logp_target, logp_essence = logp[: len(self.row)], logp[len(self.row) :]
+        if self.reference is None:
+            self.reference = logp_essence.detach()
+        zero = torch.zeros(len(delta), device=delta.device)
+        picked = logp_target.gather(1, self.token[:, None])[:, 0] * self.share
+        by_row = torch.zeros(len(self.rows), device=delta.device).index_add(0, self.row, picked)
+        nll = zero.index_add(0, self.row_fact, -by_row * self.row_weight * self.is_context)
+        kl = zero.index_add(0, self.row_fact[self.essence], (logp_essence.exp() * (logp_essence - self.reference)).sum(-1))
+        probability = zero.index_add(0, self.row_fact, by_row.detach().exp() * self.row_weight * self.is_context)
+        return nll, kl, probability
+
+    def without(self, facts: set[int]) -> _Batch | None:
+        """Return the batch without the rows of some facts; None where nothing is left."""
+        kept = [i for i, row in enumerate(self.rows) if row.fact not in facts]
+        if len(kept) == len(self.rows):
+            return self
+        if not kept:
+            return None
+        flags = torch.tensor([r.fact not in facts for r in self.rows if not r.targets], dtype=torch.bool)
+        reference = self.reference[flags.to(self.reference.device)] if self.reference is not None else None
+        rows = torch.tensor(kept, device=self.suffix.hidden.device)
+        return _Batch(self.model, [self.rows[i] for i in kept], self.suffix.keep_rows(rows), reference)
+
+
+class ValueSearch:
+    """Minimise every fact's loss over its δ; see :func:`nse_tools.editing.compute_values` for the loss.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model, under the weights the search is to be made with.
+    fact_ids : sequence of str
+        For the trace and for messages.
+    rows : sequence of SearchRow
+        Rows of all facts, each fact's bare prompt first.
+    method : Method
+        The settings.
+    whole : bool
+        Replay whole prompts instead of suffixes.
+    bar : tqdm
+        Moved on by one for each fact that is done.
+    """
+
+    def __init__(
+        self, model: EditableModel, fact_ids: Sequence[str], rows: Sequence[SearchRow], method: Method, *, whole: bool, bar: tqdm
+    ) -> None:
+        self.model, self.fact_ids, self.method, self.bar = model, list(fact_ids), method, bar
+        self.whole, self.batches = self._record(rows, whole)
+        self.h0 = torch.zeros(len(self.fact_ids), model.d_model, device=self.batches[0].suffix.hidden.device)
+        bare = {row.fact: row for row in reversed(rows)}  # a fact's first row
+        for batch in self.batches:
+            clean = batch.suffix.clean().float()
+            for i, row in enumerate(batch.rows):
+                if bare[row.fact] is row:
+                    self.h0[row.fact] = clean[i]
+        self.limit = method.clamp_norm_factor * self.h0.norm(dim=1, keepdim=True)
+        self.steps: list[pd.DataFrame] = []
+        self.stop = [""] * len(self.fact_ids)
+
+    def run(self) -> Found:
+        """Search until every fact has stopped."""
+        delta = torch.zeros_like(self.h0, requires_grad=True)
+        adam = torch.optim.Adam([delta], lr=self.method.v_lr)
+        found = torch.zeros_like(self.h0)
+        alive = set(range(len(self.fact_ids)))
+        for step in range(self.method.v_num_grad_steps):
+            last = step == self.method.v_num_grad_steps - 1
+            adam.zero_grad()
+            loss = self._evaluate(delta, step, alive, backward=not last)
+            # written so that a NaN would stay, and be reported
+            done = {i for i in alive if last or loss[i] < self.method.v_loss_threshold}
+            for i in done:
+                found[i] = delta.detach()[i]
+                self.stop[i] = "loss" if loss[i] < self.method.v_loss_threshold else "steps"
+            self.bar.update(len(done))
+            alive -= done
+            if not alive:
+                break
+            adam.step()
+            self._clamp(delta)
+            self.batches = [kept for b in self.batches if (kept := b.without(done)) is not None]
+        return Found(found.cpu(), self.h0.cpu(), pd.concat(self.steps, ignore_index=True), tuple(self.stop), self.whole)
+
+    def _evaluate(self, delta: Tensor, step: int, alive: set[int], backward: bool) -> list[float]:
+        """Return every fact's loss; leave its gradient in ``delta.grad``."""
+        method = self.method
+        nll, kl, probability = (torch.zeros(len(delta), device=delta.device) for _ in range(3))
+        with torch.set_grad_enabled(backward):
+            for batch in self.batches:
+                terms = batch.terms(delta)
+                if backward:
+                    (terms[0] + method.kl_factor * terms[1]).sum().backward()
+                for total, term in zip((nll, kl, probability), terms, strict=True):
+                    total += term.detach()
+            decay = method.v_weight_decay * _norm(delta) / self.h0.norm(dim=1) ** 2
+            if backward:
+                decay.sum().backward()
+        loss = nll + method.kl_factor * kl + decay.detach()
+        self._note(step, alive, nll=nll, kl=kl, decay=decay, loss=loss, probability=probability, norm=delta.norm(dim=1))
+        return list(loss.tolist())
+
+    def _note(self, step: int, alive: set[int], **columns: Tensor) -> None:
+        chosen = sorted(alive)
+        data: dict[str, Any] = {"fact": [self.fact_ids[i] for i in chosen], "step": step}
+        data |= {name: column.detach().cpu()[chosen].double().numpy() for name, column in columns.items()}
+        for fact, loss in zip(data["fact"], data["loss"], strict=True):
+            if not math.isfinite(loss):
+                raise EditError(
+                    f"Fact {fact!r}: the loss of its value search is {loss} at step {step}; "
+                    "check the weights for NaN, or try a smaller v_lr or float32 weights."
+                )
+        self.steps.append(pd.DataFrame(data))
+
+    @torch.no_grad()
+    def _clamp(self, delta: Tensor) -> None:
+        norm = delta.norm(dim=1, keepdim=True)
+        delta.mul_(torch.where(norm > self.limit, self.limit / norm, 1.0))
+
+    def _record(self, rows: Sequence[SearchRow], whole: bool) -> tuple[bool, list[_Batch]]:
+        made = [
+            _Batch(self.model, chosen, SuffixBatch.record(self.model, [r.prompt for r in chosen], self.method.last_layer, whole))
+            for chosen in _grouped(rows)
+        ]
+        if all(_replays(b.suffix) for b in made):
+            return whole, made
+        if whole:
+            raise EditError(f"{self.model.name}: replaying the layers above {self.method.last_layer} does not give the model's own states.")
+        _log.warning("%s cannot be replayed from cached keys and values; replaying whole prompts", self.model.name)
+        return self._record(rows, True)
+
+
+def _grouped(rows: Sequence[SearchRow]) -> Iterator[list[SearchRow]]:
+    """Yield rows of the same suffix length, prompts of similar length together, within the budget of tokens."""
+    group: list[SearchRow] = []
+    for row in sorted(rows, key=lambda r: (r.suffix, r.prompt.position)):
+        if group and (row.suffix != group[0].suffix or (len(group) + 1) * row.suffix > MAX_REPLAYED_TOKENS):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def _replays(batch: SuffixBatch) -> bool:
+    """Check on one row that replaying gives the states that the model itself computed."""
+    row = batch.keep_rows(torch.tensor([0], device=batch.hidden.device))
+    last = int(row.at[0]) + 1
+    replayed, own = row.replay(torch.zeros_like(row.clean()))[0, :last], row.final[0, :last]
+    return bool((replayed - own).norm() <= 1e-3 * own.norm())
+
+
+def _norm(delta: Tensor) -> Tensor:
+    """‖δ‖ of each row, with a zero gradient at δ = 0, where the norm has none."""
+    square = (delta**2).sum(dim=1)
+    return torch.where(square > 0, square.clamp(min=torch.finfo(square.dtype).tiny).sqrt(), torch.zeros_like(square))

@@ -1,0 +1,50 @@
+"""The errors of nse_tools: one class per thing that can be wrong, all of them :class:`NSEError`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class NSEError(Exception):
+    """Anything that nse_tools itself refuses or gives up on."""
+
+
+class FactError(NSEError, ValueError):
+    """A fact, or a file of facts, that cannot be edited with; names the record and the field."""
+
+
+class ModelError(NSEError, ValueError):
+    """A model, tokenizer or architecture that cannot be edited; says what was found and how to go on."""
+
+
+class SettingError(NSEError, ValueError):
+    """A setting outside its range or of an unknown name; names the setting, its range and the nearest known one."""
+
+
+class EditError(NSEError, RuntimeError):
+    """An edit that could not be carried out; the model is as it was before."""
+
+
+class StateError(NSEError, RuntimeError):
+    """The model's weights are not what the session says they are."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which known name an unknown one probably meant.
+
+    Parameters
+    ----------
+    name : str
+        What was asked for.
+    known : iterable of str
+        What there is.
+
+    Returns
+    -------
+    str
+        ``" Did you mean 'x'?"`` or, where nothing is near, the list of known names.
+    """
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}."

@@ -1,0 +1,140 @@
+"""How likely a model finds given continuations of prompts: every distinct prompt run once, targets scored exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from nse_tools.models import EditableModel
+from nse_tools.tracing.batches import batches, pad
+from nse_tools.tracing.prompts import LocatedPrompt, continued
+
+MAX_SCORED_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """How a model judges one continuation of a prompt.
+
+    Parameters
+    ----------
+    nll : float
+        Mean negative log-likelihood (nats) over the target's tokens; exp(−nll) is the geometric mean of their probabilities.
+    hits : float
+        Share of the target's tokens that are the argmax, teacher-forced.
+    argmax : int
+        The likeliest first token, whatever the target.
+    """
+
+    nll: float
+    hits: float
+    argmax: int
+
+    @property
+    def correct(self) -> bool:
+        """Whether every token of the target is the argmax."""
+        return self.hits == 1.0
+
+
+@torch.no_grad()
+def score_continuations(
+    model: EditableModel, pairs: Sequence[tuple[str, str]], *, max_tokens: int = MAX_SCORED_TOKENS, progress: bool = False
+) -> list[Continuation]:
+    """Score (prompt, target) pairs under the weights of the moment.
+
+    A target follows its prompt after one space. Prompts that occur several times, with the same or another target, are run
+    once; the further tokens of targets of several tokens are run as continuations of their prompt's cached keys and values.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model.
+    pairs : sequence of (str, str)
+        Prompts and targets.
+    max_tokens : int
+        Padded tokens in one batch.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    list of Continuation
+        One for each pair, in order.
+
+    Raises
+    ------
+    FactError
+        If a target tokenizes to nothing.
+    """
+    located = {pair: continued(model, *pair) for pair in dict.fromkeys(pairs)}
+    by_prompt: dict[tuple[int, ...], list[tuple[str, str]]] = {}
+    for pair, prompt in located.items():
+        by_prompt.setdefault(prompt.ids[: prompt.target_start], []).append(pair)
+    prompts = list(by_prompt)
+    found: dict[tuple[str, str], Continuation] = {}
+    with model.running(), tqdm(total=len(prompts), desc="scoring", unit="prompt", disable=not progress) as bar:
+        for chosen in batches([len(p) for p in prompts], max_tokens):
+            found |= _score_batch(model, [prompts[i] for i in chosen], [by_prompt[prompts[i]] for i in chosen], located)
+            bar.update(len(chosen))
+    return [found[pair] for pair in pairs]
+
+
+def _score_batch(
+    model: EditableModel,
+    prompts: list[tuple[int, ...]],
+    pairs: list[list[tuple[str, str]]],
+    located: dict[tuple[str, str], LocatedPrompt],
+) -> dict[tuple[str, str], Continuation]:
+    asked = [(row, pair, located[pair].target_ids) for row, row_pairs in enumerate(pairs) for pair in row_pairs]
+    longer = [entry for entry in asked if len(entry[2]) > 1]
+    tokens = pad(prompts, model.pad_id, model.device, left=True)
+    cache = DynamicCache(config=model.hf.config) if longer else None
+    out = model.hf.base_model(
+        input_ids=tokens.ids,
+        attention_mask=tokens.mask,
+        position_ids=tokens.positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    first = _log_probabilities(model, out.last_hidden_state[:, -1])
+    rest = _score_rest(model, tokens.mask, tokens.lengths, cache, longer) if longer else {}
+    argmax = first.argmax(-1).tolist()
+    found = {}
+    for row, pair, target in asked:
+        more_logp, more_hits = rest.get(pair, (0.0, 0))
+        logp = float(first[row, target[0]]) + more_logp
+        hits = int(argmax[row] == target[0]) + more_hits
+        found[pair] = Continuation(-logp / len(target), hits / len(target), argmax[row])
+    return found
+
+
+def _score_rest(
+    model: EditableModel, mask: Tensor, lengths: Tensor, cache: DynamicCache, asked: list[tuple[int, tuple[str, str], tuple[int, ...]]]
+) -> dict[tuple[str, str], tuple[float, int]]:
+    """Score the second and later tokens of targets on their prompts' cached keys and values."""
+    rows = torch.tensor([row for row, _, _ in asked], device=mask.device)
+    cache.batch_select_indices(rows)
+    tokens = pad([target[:-1] for _, _, target in asked], model.pad_id, model.device)
+    out = model.hf.base_model(
+        input_ids=tokens.ids,
+        attention_mask=torch.cat([mask[rows], tokens.mask], dim=1),
+        position_ids=tokens.positions + lengths[rows][:, None],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    found = {}
+    for number, (_, pair, target) in enumerate(asked):
+        wanted = torch.tensor(target[1:], device=mask.device)
+        logp = _log_probabilities(model, out.last_hidden_state[number, : len(wanted)])
+        found[pair] = (float(logp.gather(1, wanted[:, None]).sum()), int((logp.argmax(-1) == wanted).sum()))
+    return found
+
+
+def _log_probabilities(model: EditableModel, states: Tensor) -> Tensor:
+    """Log-probabilities of the next token from the base model's output, which is normed already."""
+    return model.logits_of_normed(states).float().log_softmax(-1)

@@ -1,0 +1,169 @@
+"""What is left of earlier rounds after later ones: scores and the forgetting matrix of a session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from nse_tools import _late
+from nse_tools.evaluation.perplexity import perplexity
+from nse_tools.evaluation.scores import MEASURES, REWRITE, FactScores, score_facts
+
+if TYPE_CHECKING:
+    from nse_tools.editing import EditSession
+    from nse_tools.facts import FactList
+
+
+@dataclass(frozen=True)
+class ForgettingMatrix:
+    """M[t, s]: a measure, after round t, on the facts of round s ≤ t.
+
+    Parameters
+    ----------
+    values : ndarray
+        (n_rounds, n_rounds), in percent; NaN above the diagonal (s > t).
+    measure : str
+        What was measured, a column of :meth:`FactScores.per_fact`.
+    per_fact : DataFrame
+        One row a round t and fact: ``after_round``, ``edited_in_round``, ``fact``, ``value`` in percent.
+    """
+
+    values: np.ndarray = field(repr=False)
+    measure: str
+    per_fact: pd.DataFrame = field(repr=False)
+
+    @property
+    def n_rounds(self) -> int:
+        """Number of rounds."""
+        return len(self.values)
+
+    def curve(self) -> pd.Series:
+        """Return the mean over all facts edited so far, after each round: the forgetting curve."""
+        return self.per_fact.groupby("after_round").value.mean()
+
+    def fresh(self) -> pd.Series:
+        """Return M[t, t]: the measure on a round's own facts right after it."""
+        return pd.Series(np.diag(self.values), index=pd.RangeIndex(1, self.n_rounds + 1, name="after_round"))
+
+    def forgotten(self) -> pd.DataFrame:
+        """Return the facts that held right after their own round and do not hold after the last, with the round they were lost in."""
+        table = self.per_fact.pivot_table(index=["fact", "edited_in_round"], columns="after_round", values="value")
+        rows = []
+        for (fact, own), seen in zip(table.index.tolist(), table.to_numpy(), strict=True):
+            held = pd.Series(seen, index=table.columns).loc[own:] >= 50
+            if held.iloc[0] and not held.iloc[-1]:
+                lost = held[held].index[-1] + 1
+                rows.append({"fact": fact, "edited_in_round": own, "lost_in_round": lost})
+        return pd.DataFrame(rows, columns=["fact", "edited_in_round", "lost_in_round"])
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a pair t ≥ s: ``after_round``, ``edited_in_round``, ``value`` in percent."""
+        rows = [(t + 1, s + 1, self.values[t, s]) for t in range(self.n_rounds) for s in range(t + 1)]
+        return pd.DataFrame(rows, columns=["after_round", "edited_in_round", "value"])
+
+    def __repr__(self) -> str:
+        curve = self.curve()
+        return (
+            f"ForgettingMatrix({self.measure}, {self.n_rounds} rounds: {curve.iloc[0]:.1f} after round 1 → "
+            f"{curve.iloc[-1]:.1f} on all facts at the end)"
+        )
+
+    def _repr_html_(self) -> str:
+        index = pd.RangeIndex(1, self.n_rounds + 1)
+        frame = pd.DataFrame(self.values, index.rename("after round"), index.rename("facts of round"))
+        return f"<div>{self!r}</div>" + frame.to_html(float_format="{:.1f}".format, na_rep="")
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the matrix (:func:`nse_tools.plots.forgetting_matrix`)."""
+        return _late.call("plots", "forgetting_matrix", self, **options)
+
+
+def round_scores(session: EditSession, round: int, facts: FactList | None = None, kinds: tuple[str, ...] = tuple(MEASURES)) -> FactScores:
+    """Score facts as of a round (0: unedited); what was scored before is remembered with the session.
+
+    Parameters
+    ----------
+    session : EditSession
+        The session.
+    round : int
+        After which round.
+    facts : FactList, optional
+        Which facts; all edited up to that round by default (for round 0: all of the session).
+    kinds : tuple of str
+        Kinds of prompts.
+
+    Returns
+    -------
+    FactScores
+        With ``agreement`` with the unedited model.
+    """
+    if facts is None:
+        facts = sum(session.facts[1 : round or None], start=session.facts[0])
+    missing = [f for f in facts if (round, f, kinds) not in session.memo]
+    if missing:
+        before = round_scores(session, 0, type(facts)(missing), kinds) if round else None
+        with session.at(round):
+            found = score_facts(session.model, missing, before=before, kinds=kinds, progress=session.progress)
+        for fact_id, rows in found.prompts.groupby("fact", sort=False):
+            session.memo[(round, next(f for f in missing if f.id == fact_id), kinds)] = rows
+    return FactScores(pd.concat([session.memo[(round, f, kinds)] for f in facts], ignore_index=True))
+
+
+def session_scores(session: EditSession, round: int | None = None, *, with_perplexity: bool = True) -> pd.DataFrame:
+    """Return the measures after each round (or one) on all facts edited up to then, in percent: one row a round.
+
+    ``efficacy_fresh`` is the efficacy on the round's own facts; round 0 is the unedited model on the first round's facts;
+    ``perplexity`` is taken on the shipped passages.
+    """
+    if not len(session):
+        return pd.DataFrame()
+    rows = []
+    for t in range(len(session) + 1) if round is None else [round]:
+        scores = round_scores(session, t, session.facts[0] if t == 0 else None)
+        row: dict[str, Any] = {"round": t, "facts": scores.prompts.fact.nunique(), **scores.summary()}
+        if t:
+            row["efficacy_fresh"] = scores.of(session.facts[t - 1].ids).summary().get("efficacy", np.nan)
+        if with_perplexity:
+            row["perplexity"] = _perplexity(session, t)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def forgetting_matrix(session: EditSession, measure: str = "efficacy") -> ForgettingMatrix:
+    """Measure every round's facts after every later round.
+
+    M[t, s] = mean over the facts of round s of the measure after round t, in percent, s ≤ t.
+
+    Parameters
+    ----------
+    session : EditSession
+        The session.
+    measure : str
+        A column of :meth:`FactScores.per_fact`: ``"efficacy"``, ``"efficacy_accuracy"``, ``"generalization"``, ….
+    """
+    n = len(session)
+    rewrite_only = measure.startswith(MEASURES[REWRITE])
+    parts = []
+    for t in range(1, n + 1):
+        full_known = all((t, f, tuple(MEASURES)) in session.memo for batch in session.facts[:t] for f in batch)
+        kinds = (REWRITE,) if rewrite_only and not full_known else tuple(MEASURES)
+        own = round_scores(session, t, kinds=kinds).per_fact().set_index("fact")[measure] * 100
+        for s, batch in enumerate(session.facts[:t], start=1):
+            parts.append(pd.DataFrame({"after_round": t, "edited_in_round": s, "fact": batch.ids, "value": own.loc[batch.ids].to_numpy()}))
+    columns = ["after_round", "edited_in_round", "fact", "value"]
+    per_fact = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    values = np.full((n, n), np.nan)
+    for cell in per_fact.groupby(["after_round", "edited_in_round"], as_index=False).value.mean().itertuples():
+        values[int(cell.after_round) - 1, int(cell.edited_in_round) - 1] = cell.value
+    return ForgettingMatrix(values, measure, per_fact)
+
+
+def _perplexity(session: EditSession, round: int) -> float:
+    key = (round, "perplexity")
+    if key not in session.memo:
+        with session.at(round):
+            session.memo[key] = perplexity(session.model)
+    return float(session.memo[key])

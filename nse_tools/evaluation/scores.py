@@ -1,0 +1,169 @@
+"""Efficacy, generalization, specificity: what the model says on every prompt that tests a fact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nse_tools.errors import FactError
+from nse_tools.evaluation.continuations import Continuation, score_continuations
+from nse_tools.facts import Fact
+from nse_tools.models import EditableModel
+from nse_tools.tracing.prompts import lead_of
+
+REWRITE, PARAPHRASE, NEIGHBORHOOD, LOCALITY = "rewrite", "paraphrase", "neighborhood", "locality"
+MEASURES = {REWRITE: "efficacy", PARAPHRASE: "generalization", NEIGHBORHOOD: "specificity", LOCALITY: "locality"}
+"""Kind of prompt → the measure taken on it."""
+
+
+@dataclass(frozen=True)
+class FactScores:
+    """What a model says on every test prompt of some facts.
+
+    Parameters
+    ----------
+    prompts : DataFrame
+        One row a prompt: ``fact``, ``kind``, ``prompt``, ``nll_new``, ``nll_true`` (mean negative log-likelihoods, nats),
+        ``hits_new``, ``hits_true`` (share of target tokens that are the argmax), ``argmax`` (likeliest first token), and from
+        these ``success``, ``accuracy``, ``magnitude`` in the sense of the prompt's kind, and ``agreement`` with the
+        unedited model's argmax where that is known.
+    """
+
+    prompts: pd.DataFrame = field(repr=False)
+
+    def per_fact(self) -> pd.DataFrame:
+        """Return one row a fact: means over its prompts, columns like ``efficacy``, ``specificity_accuracy``."""
+        return _table(self.prompts)
+
+    def summary(self) -> pd.Series:
+        """Return the measures over all facts (each fact weighs the same), in percent, with ``score``.
+
+        Score is the harmonic mean of efficacy, generalization and specificity (success variants).
+        """
+        means = self.per_fact().mean(numeric_only=True) * 100
+        return pd.concat([pd.Series({"score": harmonic_mean([means.get(m, np.nan) for m in _SCORED])}), means])
+
+    def of(self, fact_ids: Sequence[str]) -> FactScores:
+        """Return the scores of some of the facts."""
+        return FactScores(self.prompts[self.prompts.fact.isin(set(fact_ids))].reset_index(drop=True))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the table of prompts."""
+        return self.prompts
+
+    def __repr__(self) -> str:
+        s = self.summary()
+        shown = ", ".join(f"{name} {s[name]:.1f}" for name in ("score", *_SCORED) if name in s)
+        return f"FactScores({self.prompts.fact.nunique()} facts, {len(self.prompts)} prompts: {shown})"
+
+    def _repr_html_(self) -> str:
+        return f"<div>{self!r}</div>" + self.summary().to_frame("percent").T.to_html(float_format="{:.1f}".format)
+
+
+_SCORED = ("efficacy", "generalization", "specificity")
+
+
+def score_facts(
+    model: EditableModel,
+    facts: Sequence[Fact],
+    *,
+    before: FactScores | None = None,
+    kinds: Sequence[str] = tuple(MEASURES),
+    progress: bool = False,
+) -> FactScores:
+    """Test facts on all their prompts, under the weights of the moment.
+
+    With mean negative log-likelihoods over target tokens, as ROME, MEMIT and NSE compute them: *success* on rewrite and
+    paraphrase prompts is p(new) > p(true), on neighbourhood prompts p(true) > p(new); *accuracy* asks that every token of
+    the wanted target is the argmax; *magnitude* is the difference of the two probabilities. A fact without true target has
+    accuracies only; locality questions (zsRE) count the share of right tokens.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model.
+    facts : sequence of Fact
+        The facts.
+    before : FactScores, optional
+        The same facts' scores on the unedited model, for ``agreement``.
+    kinds : sequence of str
+        Kinds of prompts to test: ``"rewrite"``, ``"paraphrase"``, ``"neighborhood"``, ``"locality"``.
+    progress : bool
+        Show a progress bar.
+
+    Raises
+    ------
+    FactError
+        If there are no facts, or a target tokenizes to nothing.
+    """
+    if not len(facts):
+        raise FactError("score_facts: there are no facts.")
+    asked = [entry for fact in facts for entry in _prompts(model, fact) if entry[1] in kinds]
+    pairs = [(prompt, target) for _, _, prompt, new, true in asked for target in (new, true) if target is not None]
+    found: dict[tuple[str, str | None], Continuation] = dict(zip(pairs, score_continuations(model, pairs, progress=progress), strict=True))
+    frame = pd.DataFrame(
+        [_row(fact, kind, prompt, found.get((prompt, new)), found.get((prompt, true))) for fact, kind, prompt, new, true in asked]
+    )
+    if before is not None:
+        reference = before.prompts.drop_duplicates(["fact", "kind", "prompt"]).set_index(["fact", "kind", "prompt"]).argmax
+        known = reference.reindex(pd.MultiIndex.from_frame(frame[["fact", "kind", "prompt"]]))
+        same = known.to_numpy() == frame.argmax.to_numpy()
+        frame["agreement"] = np.where(known.isna().to_numpy(), np.nan, same.astype(float))
+    return FactScores(frame)
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """Return the harmonic mean; 0 if a value is 0, NaN if one is missing."""
+    numbers = np.asarray(values, dtype=float)
+    if np.isnan(numbers).any():
+        return float("nan")
+    return 0.0 if (numbers == 0).any() else float(len(numbers) / (1 / numbers).sum())
+
+
+def _prompts(model: EditableModel, fact: Fact) -> list[tuple[str, str, str, str | None, str | None]]:
+    """List a fact's prompts as (fact, kind, prompt, new target, true target); leads as in editing."""
+    new, true = fact.target_new, fact.target_true
+    own = [(REWRITE, fact.text), *((PARAPHRASE, p) for p in fact.paraphrases)]
+    rows: list[tuple[str, str, str, str | None, str | None]] = [
+        (fact.id, kind, lead_of(model, text, fact.subject) + text, new, true) for kind, text in own
+    ]
+    if true is not None:
+        rows += [(fact.id, NEIGHBORHOOD, text, new, true) for text in fact.neighborhood]
+    return rows + [(fact.id, LOCALITY, q.prompt, None, q.answer) for q in fact.locality]
+
+
+def _row(fact: str, kind: str, prompt: str, new: Continuation | None, true: Continuation | None) -> dict[str, Any]:
+    wanted, other = (new, true) if kind in (REWRITE, PARAPHRASE) else (true, new)
+    both = wanted is not None and other is not None
+    assert wanted is not None
+    return {
+        "fact": fact,
+        "kind": kind,
+        "prompt": prompt,
+        "nll_new": new.nll if new else np.nan,
+        "nll_true": true.nll if true else np.nan,
+        "hits_new": new.hits if new else np.nan,
+        "hits_true": true.hits if true else np.nan,
+        "argmax": wanted.argmax,
+        "success": float(wanted.nll < other.nll) if both and other else np.nan,
+        "accuracy": wanted.hits if kind == LOCALITY else float(wanted.correct),
+        "magnitude": float(np.exp(-wanted.nll) - np.exp(-other.nll)) if both and other else np.nan,
+    }
+
+
+def _table(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Mean over each group's prompts, one column a measure and kind: ``efficacy``, …, ``efficacy_accuracy``, …."""
+    groups = prompts.groupby(["fact", "kind"], sort=False)
+    table: dict[str, pd.Series] = {}
+    for column in ("success", "accuracy", "magnitude", "agreement"):
+        if column not in prompts:
+            continue
+        means = pd.DataFrame(groups[column].mean().unstack("kind"))
+        for kind, measure in MEASURES.items():
+            if kind in means and means[kind].notna().any():
+                table[measure if column == "success" else f"{measure}_{column}"] = means[kind]
+    return pd.DataFrame(table).reindex(prompts.fact.drop_duplicates()).reset_index()

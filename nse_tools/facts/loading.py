@@ -1,0 +1,65 @@
+"""``load_facts``: the shipped data set, or a file in one of the field's schemas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nse_tools.errors import FactError, nearest
+from nse_tools.facts.fact_list import FactList
+from nse_tools.facts.schemas import read_record
+from nse_tools.facts.world import world_facts
+
+_ELSEWHERE = {
+    "counterfact": "https://rome.baulab.info/data/dsets/counterfact.json",
+    "multi_counterfact": "https://memit.baulab.info/data/dsets/multi_counterfact.json",
+    "zsre": "https://rome.baulab.info/data/dsets/zsre_mend_eval.json",
+}
+
+
+def load_facts(source: str | Path = "world") -> FactList:
+    """Load facts to edit.
+
+    Parameters
+    ----------
+    source : str or Path
+        ``"world"``, the data set shipped with the package, or the path of a JSON or JSON-lines file in the schema of
+        CounterFact, multi-CounterFact, zsRE (MEND/ROME) or :meth:`Fact.to_dict`.
+
+    Returns
+    -------
+    FactList
+        The facts, in the file's order.
+
+    Raises
+    ------
+    FactError
+        If the file is missing or malformed, or a record is (the message names record and field).
+    """
+    if str(source) == "world":
+        return world_facts()
+    path = Path(source)
+    if not path.is_file():
+        raise FactError(_missing(str(source)))
+    return FactList((read_record(r, n) for n, r in enumerate(_records(path))), path.name)
+
+
+def _records(path: Path) -> list[object]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        data = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as wrong:
+        raise FactError(f"{path.name} is not valid JSON: {wrong}.") from wrong
+    if not isinstance(data, list):
+        raise FactError(f"{path.name}: expected a list of records, got {type(data).__name__}.")
+    if not data:
+        raise FactError(f"{path.name} has no records.")
+    return data
+
+
+def _missing(source: str) -> str:
+    if url := _ELSEWHERE.get(source.lower().replace("-", "_")):
+        return f"{source!r} is not shipped with nse_tools. Download {url} and give the file's path: load_facts('…/{Path(url).name}')."
+    return f"No facts at {source!r}: neither a file nor a data set of the package." + nearest(source, ["world", *_ELSEWHERE])

@@ -1,0 +1,81 @@
+"""The data set "world": well-known facts, built from a compact table into records like CounterFact's."""
+
+from __future__ import annotations
+
+import csv
+import random
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from nse_tools.errors import FactError
+from nse_tools.facts.fact import SLOT, Fact
+from nse_tools.facts.fact_list import FactList
+
+_DATA = files("nse_tools.facts") / "data"
+_NEIGHBORS = 8
+
+
+@cache
+def world_facts() -> FactList:
+    """Build all records of "world".
+
+    For a subject of a relation: the new target is another object of the relation, the neighbourhood prompts ask about
+    up to eight other subjects with the same true object. Both are drawn with a generator seeded by the record's id, so
+    the records do not depend on each other or on their order; the order is shuffled once, so that a slice mixes relations.
+    """
+    table = tomllib.loads((_DATA / "world.toml").read_text(encoding="utf-8"))
+    facts = [fact for relation, entry in table.items() for fact in _relation(relation, entry)]
+    return FactList(facts, "world").shuffled(seed=2025)
+
+
+def known_facts(facts: FactList | None = None, model: str = "smollm2-135m") -> FactList:
+    """Keep the facts of "world" whose true target the given model says by itself, before any edit.
+
+    Parameters
+    ----------
+    facts : FactList, optional
+        Facts of "world"; all of them by default.
+    model : str
+        The model of the shipped table ``world_known.csv`` (``nse-tools known`` makes it anew).
+
+    Raises
+    ------
+    FactError
+        If the table does not speak of that model.
+    """
+    lines = (_DATA / "world_known.csv").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in csv.DictReader(lines) if row["model"] == model]
+    if not rows:
+        raise FactError(f"The shipped table of known facts does not speak of the model {model!r}.")
+    known = {row["id"] for row in rows if row["known"] == "1"}
+    return (world_facts() if facts is None else facts).filter(where=lambda f: f.id in known)
+
+
+def _relation(relation: str, entry: dict[str, Any]) -> Iterator[Fact]:
+    objects: dict[str, list[str]] = entry["objects"]
+    templates = [entry["prompt"], *entry["paraphrases"]]
+    for true, subjects in objects.items():
+        for subject in subjects:
+            fact_id = f"{relation}/{subject}"
+            draw = random.Random(fact_id)
+            new = draw.choice([o for o in objects if o != true])
+            others = [s for s in subjects if s != subject]
+            draw.shuffle(others)
+            yield Fact(
+                id=fact_id,
+                subject=subject,
+                prompt=entry["prompt"],
+                target_new=new,
+                target_true=true,
+                relation=relation,
+                paraphrases=tuple(_fill(t, subject) for t in entry["paraphrases"]),
+                neighborhood=tuple(_fill(templates[i % len(templates)], s) for i, s in enumerate(others[:_NEIGHBORS])),
+                generation=tuple(_fill(t, subject) for t in entry["generation"]),
+            )
+
+
+def _fill(template: str, subject: str) -> str:
+    return template.replace(SLOT, subject)

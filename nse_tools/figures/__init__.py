@@ -1,0 +1,5 @@
+"""Experiments as recipes: run, save, draw."""
+
+from nse_tools.figures.demo import StreamResult, run_stream, save_stream
+
+__all__ = ["StreamResult", "run_stream", "save_stream"]

@@ -1,0 +1,128 @@
+"""The edited layers' weights as loaded, and ways to run the model under other weights for a while."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nse_tools.errors import ModelError
+
+if TYPE_CHECKING:
+    from nse_tools.models.editable import EditableModel
+
+
+class OriginalWeights:
+    """Down-projection weights as they were before any edit, one CPU copy per edited layer."""
+
+    def __init__(self, model: EditableModel) -> None:
+        self._model = model
+        self._kept: dict[int, Tensor] = {}
+        self._fingerprint: str | None = None
+
+    def keep(self, layers: Iterable[int]) -> None:
+        """Keep the present weights of these layers as their originals, where none are kept yet.
+
+        Raises
+        ------
+        ModelError
+            If a weight is not finite or has no storage here (an offloaded layer).
+        """
+        for index in layers:
+            if index in self._kept:
+                continue
+            weight = self._model.weight(index)
+            if weight.device.type == "meta":
+                raise ModelError(f"Layer {index} of {self._model.name} is offloaded; edited layers must stay in memory.")
+            if not bool(torch.isfinite(weight).all()):
+                raise ModelError(f"Layer {index} of {self._model.name}: the down projection holds NaN or infinite weights.")
+            self._kept[index] = copy_of(weight)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if layer not in self._kept:
+            raise ModelError(f"No original weight of layer {layer} is kept; layers kept: {sorted(self._kept)}.")
+        return self._kept[layer]
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers whose originals are kept."""
+        return sorted(self._kept)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Run a ``with`` block under the original weights."""
+        with weights_in_place(self._model, self._kept):
+            yield
+
+    def fingerprint(self) -> str:
+        """Return a hash of configuration and original parameters (computed once)."""
+        if self._fingerprint is None:
+            own = {self._model.weight_name(i): i for i in self._kept}
+            digest = hashlib.blake2b(repr(sorted(_plain_config(self._model).items())).encode(), digest_size=16)
+            for name, parameter in self._model.hf.named_parameters():
+                digest.update(name.encode())
+                if name in own:
+                    # kept as (d_model, d_ff); hash the same bytes in that orientation, edited or not
+                    digest.update(_bytes(self._kept[own[name]]))
+                elif name in self._down_names():
+                    digest.update(_bytes(copy_of(self._model.weight(self._down_names()[name]))))
+                else:
+                    digest.update(_bytes(parameter.data))
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def _down_names(self) -> dict[str, int]:
+        return {self._model.weight_name(i): i for i in range(self._model.n_layers)}
+
+
+@contextmanager
+def weights_in_place(model: EditableModel, weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Run a ``with`` block under given down-projection weights, then put back, bit for bit, what was there.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model.
+    weights : mapping of int to Tensor
+        Layer → (d_model, d_ff) weight.
+    """
+    before = {index: copy_of(model.weight(index)) for index in weights}
+    try:
+        write_weights(model, weights)
+        yield
+    finally:
+        write_weights(model, before)
+
+
+@torch.no_grad()
+def write_weights(model: EditableModel, weights: Mapping[int, Tensor]) -> None:
+    """Copy (d_model, d_ff) weights into the model's down projections."""
+    for index, weight in weights.items():
+        model.weight(index).copy_(weight)
+
+
+def copy_of(weight: Tensor) -> Tensor:
+    """Return a contiguous CPU copy."""
+    return weight.detach().to("cpu", copy=True).contiguous()
+
+
+def digest_of(model: EditableModel, layers: Iterable[int]) -> str:
+    """Return a hash of the present down-projection weights of some layers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for index in layers:
+        digest.update(_bytes(copy_of(model.weight(index))))
+    return digest.hexdigest()
+
+
+def _plain_config(model: EditableModel) -> dict[str, object]:
+    drop = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config"}
+    return {k: v for k, v in model.hf.config.to_dict().items() if k not in drop}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,21 @@
+"""Looking inside: token positions, contexts, keys and hidden states, key statistics."""
+
+from nse_tools.tracing.contexts import BARE, Contexts, sample_contexts
+from nse_tools.tracing.corpus import Corpus, load_corpus, sample_corpus
+from nse_tools.tracing.moments import SecondMoments, second_moments
+from nse_tools.tracing.prompts import LocatedPrompt, locate
+from nse_tools.tracing.states import LastTokenStates
+
+__all__ = [
+    "BARE",
+    "Contexts",
+    "Corpus",
+    "LastTokenStates",
+    "LocatedPrompt",
+    "SecondMoments",
+    "load_corpus",
+    "locate",
+    "sample_contexts",
+    "sample_corpus",
+    "second_moments",
+]

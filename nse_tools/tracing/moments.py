@@ -1,0 +1,194 @@
+"""C^l = E[k kᵀ]: second moments of a layer's keys over general text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nnsight
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nse_tools.errors import SettingError
+from nse_tools.models import EditableModel
+from nse_tools.models.embedded import cache_folder
+from nse_tools.tracing.batches import batches, pad
+from nse_tools.tracing.corpus import Corpus, sample_corpus
+
+_log = logging.getLogger(__name__)
+_FORMAT = 2
+_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Second moments of the keys of some layers.
+
+    Parameters
+    ----------
+    matrices : dict of int to Tensor
+        Layer → C^l, (d_ff, d_ff), float32 (summed in float64), in units of key².
+    n_tokens : int
+        How many tokens the mean is over.
+    source : str
+        What text, in words.
+    """
+
+    matrices: dict[int, Tensor] = field(repr=False)
+    n_tokens: int
+    source: str
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if layer not in self.matrices:
+            raise SettingError(f"No second moments of layer {layer}; computed: {sorted(self.matrices)}.")
+        return self.matrices[layer]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers, ascending."""
+        return sorted(self.matrices)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a layer: mean square of a key's coordinate, largest share of one neuron, tokens."""
+        rows = []
+        for layer in self.layers:
+            diagonal = self.matrices[layer].diagonal()
+            rows.append((layer, float(diagonal.mean()), float(diagonal.max() / diagonal.sum()), self.n_tokens))
+        return pd.DataFrame(rows, columns=["layer", "mean_square", "largest_share", "n_tokens"])
+
+    def __repr__(self) -> str:
+        return f"SecondMoments(layers {self.layers}, {self.n_tokens} tokens, {self.source})"
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(escape=True, index=False)
+
+
+def second_moments(
+    model: EditableModel,
+    layers: Sequence[int],
+    corpus: Corpus | None = None,
+    *,
+    n_tokens: int | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> SecondMoments:
+    """Compute, or take from the cache, the second moments of keys over a corpus, under the original weights.
+
+    The pass is streamed: it runs up to the last of the layers only, sums in float64, and leaves a checkpoint after each
+    eighth of the corpus, from which an interrupted pass goes on. Each sequence's first token is left out: it carries the
+    attention sink's massive activation.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model.
+    layers : sequence of int
+        Which layers.
+    corpus : Corpus, optional
+        General text; text sampled from the model itself by default.
+    n_tokens : int, optional
+        Size of the sampled text, where no corpus is given; 10·d_ff by default, which suffices for efficacy (arXiv 2506.04226).
+    seed : int
+        Seed of the sampled text.
+    cache : Path, optional
+        Folder of cached results; the user's cache directory by default. An entry's name is a hash of weights, layers and
+        tokens (or of how they are sampled), so that a stale one is never used.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    SecondMoments
+        C^l = (1/T) Σ_t k_t k_tᵀ for each layer.
+    """
+    model.check_layers(layers)
+    layers = sorted(set(layers))
+    n_tokens = n_tokens or 10 * model.d_ff
+    text = corpus.fingerprint() if corpus else f"sampled {n_tokens} {seed}"
+    identity = {"format": _FORMAT, "model": model.fingerprint(), "layers": layers, "text": text}
+    name = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+    file = (cache or cache_folder() / "moments") / f"{name}.safetensors"
+    if (held := _read(file)) is not None:
+        return held
+    corpus = corpus or sample_corpus(model, n_tokens=n_tokens, seed=seed, progress=progress)
+    done = _accumulate(model, layers, corpus, file.with_suffix(".part"), progress)
+    _write(file, done)
+    file.with_suffix(".part").unlink(missing_ok=True)
+    return done
+
+
+def _accumulate(model: EditableModel, layers: list[int], corpus: Corpus, checkpoint: Path, progress: bool) -> SecondMoments:
+    plan = list(batches([len(s) for s in corpus.sequences]))
+    sums, start = _resume(checkpoint, layers, model.d_ff)
+    every = max(1, len(plan) // _CHUNKS)
+    with model.original_weights(), tqdm(total=len(plan), initial=start, desc="key statistics", unit="batch", disable=not progress) as bar:
+        for number in range(start, len(plan)):
+            keys = _keys(model, layers, [corpus.sequences[r] for r in plan[number]])
+            for layer in layers:
+                sums[layer] += (keys[layer].T @ keys[layer]).double()
+            bar.update()
+            if (number + 1) % every == 0 and number + 1 < len(plan):
+                _save_atomically({**{str(la): s for la, s in sums.items()}, "done": torch.tensor(number + 1)}, checkpoint, {})
+    total = corpus.n_tokens
+    return SecondMoments({layer: (s / total).float() for layer, s in sums.items()}, total, corpus.source)
+
+
+@torch.no_grad()
+def _keys(model: EditableModel, layers: list[int], rows: list[tuple[int, ...]]) -> dict[int, Tensor]:
+    tokens = pad(rows, model.pad_id, model.device)
+    counted = tokens.mask.bool()
+    counted[:, 0] = False
+    base = model.lm.get(model.hf.base_model_prefix)
+    with model.running(), base.trace(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False) as tracer:
+        seen = {}
+        for layer in layers:
+            seen[layer] = model.down_envoy(layer).input
+        record = nnsight.save(seen)
+        tracer.stop()
+    return {layer: keys.reshape(*tokens.ids.shape, -1)[counted].float().cpu() for layer, keys in record.items()}
+
+
+def _resume(checkpoint: Path, layers: list[int], d_ff: int) -> tuple[dict[int, Tensor], int]:
+    try:
+        with safe_open(checkpoint, framework="pt") as held:
+            sums = {layer: held.get_tensor(str(layer)) for layer in layers}
+            return sums, int(held.get_tensor("done"))
+    except (OSError, SafetensorError):
+        return {layer: torch.zeros(d_ff, d_ff, dtype=torch.float64) for layer in layers}, 0
+
+
+def _read(file: Path) -> SecondMoments | None:
+    try:
+        with safe_open(file, framework="pt") as held:
+            about = held.metadata()
+            return SecondMoments({int(k): held.get_tensor(k) for k in held.keys()}, int(about["n_tokens"]), about["source"])  # noqa: SIM118
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as wrong:
+        _log.warning("cached moments in %s cannot be read (%s); computing them anew", file, wrong)
+        return None
+
+
+def _write(file: Path, moments: SecondMoments) -> None:
+    about = {"n_tokens": str(moments.n_tokens), "source": moments.source}
+    _save_atomically({str(layer): m for layer, m in moments.matrices.items()}, file, about)
+
+
+def _save_atomically(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            save_file(tensors, Path(scratch) / "new", metadata=about)
+            (Path(scratch) / "new").replace(file)
+    except OSError as wrong:  # a full or read-only cache costs time, not the result
+        _log.warning("key statistics could not be cached in %s: %s", file.parent, wrong)

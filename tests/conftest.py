@@ -1,0 +1,34 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from nse_tools.models import EditableModel, load_model
+from nse_tools.models.weights import copy_of, digest_of, write_weights
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, and one gives the same bits everywhere
+
+
+@pytest.fixture(scope="session")
+def _smollm_once() -> EditableModel:
+    return load_model("smollm2-135m", progress=False)
+
+
+@pytest.fixture
+def smollm(_smollm_once: EditableModel) -> Iterator[EditableModel]:
+    """The embedded model; whatever a test does to its weights is taken back."""
+    model = _smollm_once
+    layers = range(model.n_layers)
+    before = {layer: copy_of(model.weight(layer)) for layer in layers}
+    digest = digest_of(model, layers)
+    yield model
+    write_weights(model, before)
+    assert digest_of(model, layers) == digest

@@ -1,0 +1,92 @@
+"""The forgetting matrix of a real (small) session against direct scoring, and of made-up tables against hand-made numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from models_small import CONTEXTS, build, moments_for
+from nse_tools.editing import EditSession, methods
+from nse_tools.evaluation import ForgettingMatrix, forgetting_matrix, score_facts, session_scores
+from nse_tools.facts import Fact, FactList
+
+FACTS = FactList(
+    [
+        Fact("a", "Danielle Darrieux", "The mother tongue of {} is", "Rome", "French", neighborhood=("Berlin plays the",)),
+        Fact("b", "Eiffel Tower", "The {} is in", "Japan", "Paris", paraphrases=("Where is the Eiffel Tower? In",)),
+        Fact("c", "São Paulo", "The city of {} is in", "Italy", "Brazil"),
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def session() -> EditSession:
+    model = build("llama", "bos")
+    method = methods.nse(preset=None, layers=(1, 2), v_num_grad_steps=12, mom2_update_weight=0.1)
+    session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, (1, 2)), progress=False)
+    for batch in FACTS.rounds(of=1):
+        session.edit(batch)
+    return session
+
+
+@pytest.mark.parametrize("measure", ["efficacy", "efficacy_accuracy", "efficacy_magnitude"])
+def test_matrix_equals_scoring_every_round_by_itself(session: EditSession, measure: str) -> None:
+    matrix = forgetting_matrix(session, measure)
+    for t in (1, 2, 3):
+        with session.at(t) as model:
+            for s in range(1, t + 1):
+                expected = score_facts(model, session.facts[s - 1]).per_fact()[measure].mean() * 100
+                assert matrix.values[t - 1, s - 1] == pytest.approx(expected, abs=1e-4)
+    assert np.isnan(matrix.values[np.triu_indices(3, 1)]).all()
+    assert len(matrix.to_frame()) == 6
+
+
+def test_scores_of_rounds_and_of_the_unedited_model(session: EditSession) -> None:
+    scores = session_scores(session)
+    assert scores["round"].tolist() == [0, 1, 2, 3]
+    assert scores.facts.tolist() == [1, 1, 2, 3]
+    with session.at(2) as model:
+        summary = score_facts(model, [*session.facts[0], *session.facts[1]]).summary()
+    row = scores.set_index("round").loc[2]
+    assert row.efficacy == pytest.approx(summary["efficacy"])
+    assert row.efficacy_magnitude == pytest.approx(summary["efficacy_magnitude"], abs=1e-4)
+    assert scores.set_index("round").perplexity.nunique() == 4
+
+
+def test_scores_forget_rounds_that_were_taken_back() -> None:
+    model = build("llama", "bos")
+    method = methods.nse(preset=None, layers=(1,), v_num_grad_steps=8)
+    session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, (1,)), progress=False)
+    session.edit(FACTS[:1])
+    first = session.scores(round=1, with_perplexity=False)
+    session.undo()
+    session.edit(Fact("a", "Danielle Darrieux", "The mother tongue of {} is", "Paris", "French"))
+    assert session.scores(round=1, with_perplexity=False).efficacy_magnitude[0] != first.efficacy_magnitude[0]
+    assert "Darrieux is" in session.rounds[0].facts[0].text
+
+
+def made_up(rows: list[tuple[int, int, str, float]]) -> ForgettingMatrix:
+    frame = pd.DataFrame(rows, columns=["after_round", "edited_in_round", "fact", "value"])
+    n = frame.after_round.max()
+    values = np.full((n, n), np.nan)
+    for (t, s), group in frame.groupby(["after_round", "edited_in_round"]):
+        values[t - 1, s - 1] = group.value.mean()
+    return ForgettingMatrix(values, "efficacy", frame)
+
+
+def test_curve_and_lost_facts_by_hand() -> None:
+    matrix = made_up(
+        [(1, 1, "a", 100), (1, 1, "b", 0), (2, 1, "a", 100), (2, 1, "b", 0), (2, 2, "c", 100)]
+        + [(3, 1, "a", 0), (3, 1, "b", 100), (3, 2, "c", 100), (3, 3, "d", 100)]
+    )
+    assert matrix.curve().tolist() == pytest.approx([50, 200 / 3, 75])
+    assert matrix.fresh().tolist() == [50, 100, 100]
+    lost = matrix.forgotten()
+    assert lost.to_dict("records") == [{"fact": "a", "edited_in_round": 1, "lost_in_round": 3}]
+
+
+def test_showing_escapes_and_says_the_measure(session: EditSession) -> None:
+    matrix = forgetting_matrix(session)
+    assert "efficacy" in repr(matrix)
+    assert "<table" in matrix._repr_html_()

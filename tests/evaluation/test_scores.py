@@ -1,0 +1,172 @@
+"""Scores against hand-made numbers and against one-by-one scoring with plain forwards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from models_small import FACTS, build
+from nse_tools.errors import FactError
+from nse_tools.evaluation import FactScores, harmonic_mean, knowledge, perplexity, score_continuations, score_facts
+from nse_tools.facts import Fact, Question
+from nse_tools.models import EditableModel
+
+PAIRS = [
+    ("The capital of France is", "Paris"),
+    ("The capital of France is", "Rome, Italy"),
+    ("The capital of France is", "Berlin plays"),
+    ("São Paulo is in", "Brazil"),
+    ("The", "mother tongue of Danielle"),
+    ("The Eiffel Tower is in the city of Paris, and the capital of Italy is", "東京"),
+    ("The capital of France is", "Paris"),
+]
+ARCHITECTURES = ["gpt2", "gptj", "neox", "llama", "mistral", "qwen3", "gemma2", "gemma3", "olmo2"]
+
+
+def one_by_one(model: EditableModel, prompt: str, target: str) -> tuple[float, float, int]:
+    """Mean NLL, share of argmax hits, first argmax: one full forward on prompt and target together."""
+    before = model.tokenizer(prompt).input_ids
+    full = model.tokenizer(f"{prompt} {target}").input_ids
+    assert full[: len(before)] == before
+    with torch.no_grad():
+        logp = model.hf(input_ids=torch.tensor([full])).logits[0].double().log_softmax(-1)
+    places = range(len(before) - 1, len(full) - 1)
+    nll = -sum(float(logp[i, full[i + 1]]) for i in places) / len(places)
+    hits = sum(int(logp[i].argmax()) == full[i + 1] for i in places) / len(places)
+    return nll, hits, int(logp[len(before) - 1].argmax())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+def test_batched_scores_equal_one_by_one(name: str, kind: str) -> None:
+    model = build(name, kind)
+    found = score_continuations(model, PAIRS, max_tokens=40)
+    for (prompt, target), one in zip(PAIRS, found, strict=True):
+        nll, hits, argmax = one_by_one(model, prompt, target)
+        assert one.nll == pytest.approx(nll, abs=1e-5 * max(1, nll)), (prompt, target)
+        assert (one.hits, one.argmax) == (hits, argmax)
+
+
+def test_batched_scores_equal_one_by_one_on_the_embedded_model(smollm: EditableModel) -> None:
+    for (prompt, target), one in zip(PAIRS, score_continuations(smollm, PAIRS), strict=True):
+        assert one.nll == pytest.approx(one_by_one(smollm, prompt, target)[0], rel=1e-5, abs=1e-5)
+
+
+def test_padding_side_of_the_tokenizer_does_not_matter() -> None:
+    model = build("gpt2")
+    found = []
+    for side in ("left", "right"):
+        model.tokenizer.padding_side = side
+        found.append(score_continuations(model, PAIRS))
+    assert found[0] == found[1]
+
+
+def table(rows: list[tuple[str, str, float, float]]) -> FactScores:
+    """Scores from (fact, kind, success, accuracy)."""
+    frame = pd.DataFrame(rows, columns=["fact", "kind", "success", "accuracy"])
+    return FactScores(frame.assign(prompt="", magnitude=0.0))
+
+
+def test_measures_on_a_hand_computed_case() -> None:
+    scores = table(
+        [
+            ("a", "rewrite", 1, 1),
+            ("a", "paraphrase", 1, 0),
+            ("a", "paraphrase", 0, 0),
+            ("a", "neighborhood", 1, 1),
+            ("b", "rewrite", 1, 0),
+            ("b", "paraphrase", 1, 1),
+            ("b", "neighborhood", 1, 0),
+            ("b", "neighborhood", 0, 0),
+            ("b", "neighborhood", 0, 0),
+            ("b", "neighborhood", 0, 0),
+        ]
+    )
+    summary = scores.summary()
+    assert summary["efficacy"] == 100
+    assert summary["generalization"] == 75  # facts weigh the same, not prompts: (1/2 + 1)/2
+    assert summary["specificity"] == pytest.approx(100 * (1 + 0.25) / 2)
+    assert summary["efficacy_accuracy"] == 50
+    assert summary["score"] == pytest.approx(3 / (1 / 100 + 1 / 75 + 1 / 62.5))
+    assert scores.of(["a"]).summary()["specificity"] == 100
+    assert scores.per_fact().fact.tolist() == ["a", "b"]
+
+
+def test_harmonic_mean() -> None:
+    assert harmonic_mean([50, 100, 100]) == pytest.approx(75)
+    assert harmonic_mean([0, 100, 100]) == 0
+    assert np.isnan(harmonic_mean([np.nan, 1, 1]))
+
+
+def test_success_and_magnitude_point_the_right_way() -> None:
+    model = build("llama")
+    likely, unlikely = sorted(["Paris", "Brazil"], key=lambda t: score_continuations(model, [("The city is", t)])[0].nll)
+    fact = Fact("x", "city", "The {} is", likely, unlikely, paraphrases=("The city is",), neighborhood=("The city is",))
+    summary = score_facts(model, [fact]).summary()
+    assert (summary["efficacy"], summary["generalization"], summary["specificity"]) == (100, 100, 0)
+    assert summary["efficacy_magnitude"] > 0 > summary["specificity_magnitude"]
+
+
+def test_agreement_is_with_the_scores_given_as_before() -> None:
+    model = build("llama")
+    fact = Fact("x", "city", "The {} is", "Paris", "Brazil", neighborhood=("The capital of Japan is", "Berlin plays the"))
+    before = score_facts(model, [fact])
+    assert score_facts(model, [fact], before=before).summary()["specificity_agreement"] == 100
+    changed = before.prompts.assign(argmax=[*before.prompts.argmax[:-1], -1])
+    assert score_facts(model, [fact], before=FactScores(changed)).summary()["specificity_agreement"] == 50
+
+
+def test_a_fact_without_true_target_has_accuracies_only_and_locality_counts_right_tokens() -> None:
+    model = build("llama")
+    fact = Fact("x", "city", "The {} is", "Paris", locality=(Question("Berlin plays the", "piano and Rome"),))
+    summary = score_facts(model, [fact]).summary()
+    assert np.isnan(summary["score"])
+    assert "efficacy" not in summary
+    assert summary["locality_accuracy"] == pytest.approx(100 * one_by_one(model, "Berlin plays the", "piano and Rome")[1])
+
+
+def test_a_subject_at_the_first_token_is_scored_behind_the_lead() -> None:
+    model = build("llama")
+    led = score_facts(model, [Fact("x", "B", "{} is the capital of", "France", "Italy")]).prompts
+    assert led.prompt.tolist() == ["\nB is the capital of"]
+
+
+def test_knowledge_of_the_embedded_model(smollm: EditableModel) -> None:
+    facts = [
+        Fact("knows", "France", "The capital of {} is", "Rome", "Paris", paraphrases=("Everybody knows that the capital of France is",)),
+        Fact("does not", "France", "The capital of {} is", "Paris", "Rome"),
+    ]
+    found = knowledge(smollm, facts).set_index("id")
+    assert found.known.to_dict() == {"knows": 1, "does not": 0}
+    assert found.probability["knows"] > 0.5
+    with pytest.raises(FactError, match="no true target"):
+        knowledge(smollm, [Fact("x", "France", "The capital of {} is", "Rome")])
+
+
+def test_no_facts_and_empty_targets_are_refused() -> None:
+    model = build("llama")
+    with pytest.raises(FactError, match="no facts"):
+        score_facts(model, [])
+
+
+def test_perplexity_against_plain_forwards() -> None:
+    model = build("gpt2", "bos")
+    texts = ["The capital of France is Paris.", "São Paulo is in Brazil, and Berlin plays the piano.", "A"]
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([model.tokenizer(text).input_ids])
+        with torch.no_grad():
+            logp = model.hf(input_ids=ids).logits[0].double().log_softmax(-1)
+        total -= sum(float(logp[i, ids[0, i + 1]]) for i in range(ids.shape[1] - 1))
+        count += ids.shape[1] - 1
+    assert perplexity(model, texts) == pytest.approx(np.exp(total / count), rel=1e-5)
+
+
+def test_perplexity_of_the_shipped_text_is_that_of_a_language_model(smollm: EditableModel) -> None:
+    assert 5 < perplexity(smollm) < 60
+
+
+def test_facts_of_the_small_models_have_unique_ids() -> None:
+    assert len(set(FACTS.ids)) == len(FACTS)
