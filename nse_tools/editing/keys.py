@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from nse_tools._show import table_html
 from nse_tools.errors import EditError
 from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
@@ -59,7 +60,7 @@ class Keys:
         return f"Keys({len(self)} facts at layer {self.layer}, mean ‖k‖ {float(self.values.norm(dim=1).mean()):.2f})"
 
     def _repr_html_(self) -> str:
-        return self.to_frame().to_html(escape=True, index=False, float_format="{:.3g}".format)
+        return table_html(self.to_frame())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import pandas as pd
 
+from nse_tools._show import table_html
 from nse_tools.errors import SettingError, nearest
 
 Weights = Literal["original", "current"]
@@ -146,7 +147,7 @@ class Method:
         )
 
     def _repr_html_(self) -> str:
-        return self.to_frame().to_html(escape=True, index=False)
+        return table_html(self.to_frame())
 
     def _check_layers(self) -> None:
         ascending = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from nse_tools._show import table_html
 from nse_tools.editing.keys import Keys
 from nse_tools.editing.method import Per, Rule
 from nse_tools.errors import SettingError
@@ -88,7 +89,7 @@ class NeuronSelection:
         return f"NeuronSelection(layer {self.layer}: {len(self)} of {self.d_ff} neurons, {reached})"
 
     def _repr_html_(self) -> str:
-        return f"<div>{self!r}</div>" + self.to_frame().head(10).to_html(escape=True, index=False, float_format="{:.3g}".format)
+        return table_html(self.to_frame().head(10), head=self)
 
 
 def select_neurons(keys: Keys, neuron_threshold: float = 1.0, per: Per = "batch", rule: Rule = "reach") -> NeuronSelection:

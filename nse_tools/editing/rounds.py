@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from nse_tools import _late
+from nse_tools._show import table_html
 from nse_tools.editing.keys import Keys
 from nse_tools.editing.method import Method
 from nse_tools.editing.neurons import NeuronSelection
@@ -173,7 +174,7 @@ class EditRound:
         )
 
     def _repr_html_(self) -> str:
-        return f"<div>{self!r}</div>" + self.to_frame().to_html(escape=True, index=False, float_format="{:.4g}".format)
+        return table_html(self.to_frame(), head=self)
 
     def plot(self, **options: Any) -> Any:
         """Draw the residuals per layer and pass (:func:`nse_tools.plots.residuals`)."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nse_tools import _late
+from nse_tools._show import table_html
 from nse_tools.editing import methods
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.method import Method
@@ -308,9 +309,7 @@ class EditSession:
         return f"EditSession({self.model.name}: {len(self)} rounds, {n} facts, {self.method!r})"
 
     def _repr_html_(self) -> str:
-        return f"<div>{self!r}</div>" + (
-            self.to_frame().to_html(escape=True, index=False, float_format="{:.4g}".format) if self._rounds else ""
-        )
+        return table_html(self.to_frame(), head=self)
 
     # ---- guards ------------------------------------------------------------------------------------------------------
     @contextmanager

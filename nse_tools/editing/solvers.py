@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from nse_tools._show import table_html
 from nse_tools.editing.keys import Keys
 from nse_tools.editing.neurons import NeuronSelection
 from nse_tools.errors import EditError
@@ -119,7 +120,7 @@ class LayerUpdate:
         )
 
     def _repr_html_(self) -> str:
-        return f"<div>{self!r}</div>" + self.to_frame().to_html(escape=True, index=False, float_format="{:.3g}".format)
+        return table_html(self.to_frame(), head=self)
 
 
 def solve_update(

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nse_tools import _late
+from nse_tools._show import table_html
 from nse_tools.editing.method import Method
 from nse_tools.editing.value_search import ValueSearch, search_rows
 from nse_tools.errors import FactError
@@ -84,7 +85,7 @@ class TargetValues:
         )
 
     def _repr_html_(self) -> str:
-        return self.to_frame().to_html(escape=True, index=False, float_format="{:.3g}".format)
+        return table_html(self.to_frame())
 
     def plot(self, **options: Any) -> Any:
         """Draw the searches (:func:`nse_tools.plots.value_search`)."""

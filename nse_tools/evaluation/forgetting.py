@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nse_tools import _late
+from nse_tools._show import table_html
 from nse_tools.evaluation.perplexity import perplexity
 from nse_tools.evaluation.scores import MEASURES, REWRITE, FactScores, score_facts
 
@@ -74,7 +75,7 @@ class ForgettingMatrix:
     def _repr_html_(self) -> str:
         index = pd.RangeIndex(1, self.n_rounds + 1)
         frame = pd.DataFrame(self.values, index.rename("after round"), index.rename("facts of round"))
-        return f"<div>{self!r}</div>" + frame.to_html(float_format="{:.1f}".format, na_rep="")
+        return table_html(frame, head=self, index=True)
 
     def plot(self, **options: Any) -> Any:
         """Draw the matrix (:func:`nse_tools.plots.forgetting_matrix`)."""

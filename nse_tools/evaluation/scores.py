@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nse_tools._show import table_html
 from nse_tools.errors import FactError
 from nse_tools.evaluation.continuations import Continuation, score_continuations
 from nse_tools.facts import Fact
@@ -61,7 +62,7 @@ class FactScores:
         return f"FactScores({self.prompts.fact.nunique()} facts, {len(self.prompts)} prompts: {shown})"
 
     def _repr_html_(self) -> str:
-        return f"<div>{self!r}</div>" + self.summary().to_frame("percent").T.to_html(float_format="{:.1f}".format)
+        return table_html(self.summary().to_frame("percent").T, head=self)
 
 
 _SCORED = ("efficacy", "generalization", "specificity")

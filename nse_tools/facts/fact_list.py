@@ -9,6 +9,7 @@ from typing import overload
 
 import pandas as pd
 
+from nse_tools._show import table_html
 from nse_tools.errors import FactError
 from nse_tools.facts.fact import Fact
 
@@ -135,5 +136,4 @@ class FactList(Sequence[Fact]):
         return f"FactList({self.name!r}: {len(self)} facts, {relations} relations)"
 
     def _repr_html_(self) -> str:
-        frame = self.to_frame()
-        return f"<div>{len(self)} facts</div>" + frame.head(10).to_html(escape=True, index=False)
+        return table_html(self.to_frame().head(10), head=self)

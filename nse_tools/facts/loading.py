@@ -48,8 +48,9 @@ def _records(path: Path) -> list[object]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        data = json.loads(text)
+            data: object = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            data = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as wrong:
         raise FactError(f"{path.name} is not valid JSON: {wrong}.") from wrong
     if not isinstance(data, list):

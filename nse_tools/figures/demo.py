@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from nse_tools import plots
+from nse_tools._show import table_html
 from nse_tools.editing import EditSession, Method, methods
 from nse_tools.errors import FactError
 from nse_tools.evaluation import ForgettingMatrix, forgetting_matrix, session_scores
@@ -41,7 +42,7 @@ class StreamResult:
     forgetting: ForgettingMatrix
 
     def _repr_html_(self) -> str:
-        return self.scores.to_html(index=False, float_format="{:.1f}".format)
+        return table_html(self.scores)
 
 
 def run_stream(

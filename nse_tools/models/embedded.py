@@ -113,7 +113,7 @@ def _verify(folder: Path) -> None:
     try:
         sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))["files"]
         broken = [name for name, expected in sums.items() if _sha256(folder / name) != expected]
-    except (OSError, ValueError, KeyError) as wrong:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as wrong:
         broken = [f"checksums.json ({wrong})"]
     if broken:
         raise ModelError(f"The cached model in {folder} is damaged ({', '.join(broken)}). Delete that folder; it is made again.")

@@ -29,10 +29,6 @@ class Encoding:
             raise ModelError(f"The tokenizer has no token for character {end - 1} of the text.")
         return holding[-1]
 
-    def first_token_after(self, end: int) -> int:
-        """Return the index of the first token that covers a character from ``end`` on, or the length if there is none."""
-        return next((i for i, (start, stop) in enumerate(self.spans) if stop > max(end, start)), len(self.ids))
-
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
     """Tokenize a text with the tokenizer's default special tokens."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from nse_tools._show import table_html
 from nse_tools.errors import SettingError
 from nse_tools.models import EditableModel
 
@@ -55,7 +56,7 @@ class Contexts:
         return f"Contexts(bare + {len(self) - 1} prefixes, seed {self.seed})"
 
     def _repr_html_(self) -> str:
-        return self.to_frame().to_html(escape=True, index=False)
+        return table_html(self.to_frame())
 
 
 BARE = Contexts(("",))

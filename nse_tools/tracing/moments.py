@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nse_tools._show import table_html
 from nse_tools.errors import SettingError
 from nse_tools.models import EditableModel
 from nse_tools.models.embedded import cache_folder
@@ -69,7 +71,7 @@ class SecondMoments:
         return f"SecondMoments(layers {self.layers}, {self.n_tokens} tokens, {self.source})"
 
     def _repr_html_(self) -> str:
-        return self.to_frame().to_html(escape=True, index=False)
+        return table_html(self.to_frame())
 
 
 def second_moments(
@@ -123,7 +125,8 @@ def second_moments(
     corpus = corpus or sample_corpus(model, n_tokens=n_tokens, seed=seed, progress=progress)
     done = _accumulate(model, layers, corpus, file.with_suffix(".part"), progress)
     _write(file, done)
-    file.with_suffix(".part").unlink(missing_ok=True)
+    with suppress(OSError):  # an unwritable cache has no checkpoint either
+        file.with_suffix(".part").unlink()
     return done
 
 

@@ -118,7 +118,7 @@ def lead_of(model: EditableModel, text: str, subject: str) -> str:
 def _locate(model: EditableModel, text: str, end: int, target: str | None, led: bool) -> LocatedPrompt:
     text = text if target is None else text.rstrip()
     encoding = model.encode(text if target is None else f"{text} {target}")
-    start = encoding.first_token_after(len(text)) if target is not None else len(encoding.ids)
+    start = encoding.last_token_before(len(text)) + 1 if target is not None else len(encoding.ids)
     # some tokenizers end every text with a special token; it belongs to no target and must not follow a prompt
     stop = max((i + 1 for i, (a, b) in enumerate(encoding.spans) if b > a), default=0)
     if target is not None and start >= stop:
