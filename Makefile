@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := nse_tools tests benchmarks notebooks
 
-.PHONY: demo test test-long bench lab lint model clean
+.PHONY: demo test test-long lab lint model clean
 
 demo: model            ## the main job: 100 edits in 5 rounds; table and figures into runs/demo
 	$(BIN)/nse-tools demo --out runs/demo
 
 test: model            ## every test, notebooks included
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
 
 test-long: model       ## what takes long: more edits, more seeds

@@ -80,20 +80,18 @@ class _Batch:
         self.model, self.rows, self.suffix, self.reference = model, rows, suffix, reference
         device = suffix.hidden.device
         entries = list(self._predictions(suffix.starts.tolist()))
-        columns = zip(*entries, strict=True) if entries else [()] * 5
-        self.row, self.place, self.token, self.fact = (
-            torch.tensor(c, dtype=torch.long, device=device) for c, _ in zip(columns, range(4), strict=False)
-        )
-        self.share = torch.tensor([e[4] for e in entries], device=device)
+        self.row, self.place, self.token = (torch.tensor([e[i] for e in entries], dtype=torch.long, device=device) for i in range(3))
+        self.share = torch.tensor([e[3] for e in entries], device=device)
         self.row_fact = torch.tensor([r.fact for r in rows], device=device)
         self.row_weight = torch.tensor([r.weight for r in rows], device=device)
         self.essence = torch.tensor([i for i, r in enumerate(rows) if not r.targets], dtype=torch.long, device=device)
         self.is_context = torch.tensor([bool(r.targets) for r in rows], device=device)
 
-    def _predictions(self, starts: list[int]) -> Iterator[tuple[int, int, int, int, float]]:
+    def _predictions(self, starts: list[int]) -> Iterator[tuple[int, int, int, float]]:
+        """Yield row, place among the replayed tokens, target token, and the token's share of its row's mean."""
         for number, row in enumerate(self.rows):
             for i, token in enumerate(row.targets):
-                yield number, row.prompt.target_start - 1 + i - starts[number], token, row.fact, 1 / len(row.targets)
+                yield number, row.prompt.target_start - 1 + i - starts[number], token, 1 / len(row.targets)
 
     def terms(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return each fact's share of the NLL and KL terms and of p(target) from this batch's rows, each (n_facts,)."""

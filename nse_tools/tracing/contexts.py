@@ -11,6 +11,7 @@ import torch
 from nse_tools._show import table_html
 from nse_tools.errors import SettingError
 from nse_tools.models import EditableModel
+from nse_tools.tracing.prompts import LEAD
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")
 
@@ -66,7 +67,8 @@ BARE = Contexts(("",))
 def sample_contexts(model: EditableModel, seed: int = 0, starters: Sequence[str] = STARTERS, tokens: int = 10, top_k: int = 5) -> Contexts:
     """Let the model write one prefix of about ten tokens for each starter word.
 
-    The model runs under its original weights. Sampling is over the ``top_k`` likeliest tokens, as in ROME and MEMIT.
+    The model runs under its original weights. Sampling is over the ``top_k`` likeliest tokens, as in ROME and MEMIT. The starter
+    stands behind a line break, so that it is not the attention sink and the model goes on in plain sentences.
 
     Parameters
     ----------
@@ -93,7 +95,7 @@ def sample_contexts(model: EditableModel, seed: int = 0, starters: Sequence[str]
 
 
 def _continue(model: EditableModel, text: str, tokens: int, top_k: int, draw: torch.Generator) -> str:
-    ids = list(model.encode(text).ids)
+    ids = list(model.encode(LEAD + text).ids)
     for _ in range(tokens):
         with model.running():
             logits = model.hf(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float().cpu()
