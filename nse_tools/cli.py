@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -21,15 +22,19 @@ console = Console()
 
 _SHOWN = {
     "round": "round",
-    "facts": "facts so far",
-    "efficacy_fresh": "efficacy, this round",
+    "facts": "facts",
+    "efficacy_fresh": "fresh",
     "efficacy": "efficacy",
-    "efficacy_accuracy": "efficacy, accuracy",
-    "generalization": "generalization",
-    "specificity": "specificity",
+    "efficacy_accuracy": "accuracy",
+    "generalization": "general.",
+    "specificity": "specific.",
     "score": "Score",
-    "perplexity": "perplexity",
+    "perplexity": "perpl.",
 }
+_CAPTION = (
+    "percent, all facts edited so far (round 0: the unedited model on the first round's facts) · fresh: efficacy on the round's own facts"
+    " · accuracy: the new target is the first choice · general.: paraphrases · specific.: neighbours keep theirs"
+)
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a hub id, a folder or a .gguf file.")]
 Facts = Annotated[str, typer.Option(help="'world', or a JSON file of CounterFact, zsRE or our own schema.")]
@@ -68,7 +73,7 @@ def demo(
         wrapped = load_model(model)
         result = run_stream(wrapped, chosen[skip : skip + n], makers[method](), rounds_of=rounds_of, seed=seed)
         files = save_stream(result, out)
-    console.print(score_table(result.scores, f"{method} on {wrapped.name}: percent, all facts edited so far (round 0: unedited)"))
+    console.print(score_table(result.scores, f"{method} on {wrapped.name}"))
     console.print(f"[bold]{result.forgetting!r}[/bold]")
     console.print("Written:", *(str(f) for f in files), sep="\n  ")
 
@@ -92,7 +97,7 @@ def known(
 
 def score_table(scores: pd.DataFrame, title: str) -> Table:
     """Return the table of scores per round that the demo prints."""
-    table = Table(title=title)
+    table = Table(title=title, caption=_CAPTION, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     columns = [c for c in _SHOWN if c in scores]
     for column in columns:
         table.add_column(_SHOWN[column], justify="right")

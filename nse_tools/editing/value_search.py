@@ -138,7 +138,7 @@ class ValueSearch:
     whole : bool
         Replay whole prompts instead of suffixes.
     bar : tqdm
-        Moved on by one for each fact that is done.
+        Moved on by one for each fact and step.
     """
 
     def __init__(
@@ -172,7 +172,8 @@ class ValueSearch:
             for i in done:
                 found[i] = delta.detach()[i]
                 self.stop[i] = "loss" if loss[i] < self.method.v_loss_threshold else "steps"
-            self.bar.update(len(done))
+            # a fact that is done has no steps left
+            self.bar.update(len(alive) + len(done) * (self.method.v_num_grad_steps - 1 - step))
             alive -= done
             if not alive:
                 break

@@ -137,8 +137,9 @@ def compute_values(
         raise FactError("compute_values: there are no facts.")
     model.check_layers([method.last_layer])
     rows = search_rows(model, facts, contexts)
+    steps = len(facts) * method.v_num_grad_steps
     under = model.original_weights() if method.values_under == "original" else nullcontext()
-    with under, model.running(), tqdm(total=len(facts), desc="values", unit="fact", disable=not progress) as bar:
+    with under, model.running(), tqdm(total=steps, desc="values", unit="step", disable=not progress) as bar:
         found = ValueSearch(model, [f.id for f in facts], rows, method, whole=whole, bar=bar).run()
     return TargetValues(
         fact_ids=tuple(f.id for f in facts),

@@ -77,7 +77,7 @@ def score_continuations(
         by_prompt.setdefault(prompt.ids[: prompt.target_start], []).append(pair)
     prompts = list(by_prompt)
     found: dict[tuple[str, str], Continuation] = {}
-    with model.running(), tqdm(total=len(prompts), desc="scoring", unit="prompt", disable=not progress) as bar:
+    with model.running(), tqdm(total=len(prompts), desc="scoring", unit="prompt", disable=not progress, leave=False) as bar:
         for chosen in batches([len(p) for p in prompts], max_tokens):
             found |= _score_batch(model, [prompts[i] for i in chosen], [by_prompt[prompts[i]] for i in chosen], located)
             bar.update(len(chosen))

@@ -2,7 +2,8 @@
 
 from nse_tools.plots.forgetting import forgetting_curve, forgetting_matrix
 from nse_tools.plots.residuals import residuals
+from nse_tools.plots.scores import scores
 from nse_tools.plots.theme import COLORS, TEMPLATE
 from nse_tools.plots.values import value_search
 
-__all__ = ["COLORS", "TEMPLATE", "forgetting_curve", "forgetting_matrix", "residuals", "value_search"]
+__all__ = ["COLORS", "TEMPLATE", "forgetting_curve", "forgetting_matrix", "residuals", "scores", "value_search"]

@@ -55,7 +55,7 @@ def test_files_hold_the_tables_and_figures_need_no_network(result: StreamResult,
 def test_the_printed_table_has_a_row_a_round(result: StreamResult) -> None:
     table = score_table(result.scores, "title")
     assert table.row_count == 3
-    assert [c.header for c in table.columns][:3] == ["round", "facts so far", "efficacy, this round"]
+    assert [c.header for c in table.columns][:3] == ["round", "facts", "fresh"]
 
 
 def test_no_facts_are_refused(result: StreamResult) -> None:

@@ -92,3 +92,14 @@ def test_no_label_carries_html_of_a_fact(session: EditSession) -> None:
     for fig in (plots.residuals(session), plots.value_search(session.rounds[0].values)):
         assert isinstance(fig, go.Figure)
         assert "<b>a</b>" not in fig.to_json()
+
+
+def test_scores_draw_the_columns_of_each_table() -> None:
+    table = pd.DataFrame({"round": [0, 1, 2], "facts": [2, 2, 4], "score": [1.0, 90.0, 80.0], "specificity": [9.0, 70.0, 60.0]})
+    fig = plots.scores({"<i>a": table, "b": table})
+    assert [t.name for t in fig.data] == ["&lt;i&gt;a, score", "&lt;i&gt;a, specificity", "b, score", "b, specificity"]
+    assert fig.data[0].x == (2, 4)
+    assert fig.data[1].y == (70.0, 60.0)
+    assert len({t.line.color for t in fig.data}) == 2
+    with pytest.raises(SettingError, match="no column 'nothing'"):
+        plots.scores(table, ["nothing"])
