@@ -18,8 +18,8 @@ class KeyHistory:
 
     def __init__(self, rounds: Sequence[Mapping[int, Keys]] = ()) -> None:
         self._rounds = list(rounds)
-        self._sums: dict[int, Tensor] = {}
-        self._summed = 0
+        # how many rounds are summed, and their sums: set in one go, so that an interrupt cannot count a round twice
+        self._summed: tuple[int, dict[int, Tensor]] = (0, {})
 
     def add(self, keys: Mapping[int, Keys]) -> None:
         """Add a round's keys: layer → keys of every fact of the round, at the weights after it."""
@@ -27,13 +27,13 @@ class KeyHistory:
 
     def matrix(self, layer: int) -> Tensor | None:
         """Return H^l, (d_ff, d_ff) float64; None before the first round."""
-        for keys in self._rounds[self._summed :]:
-            for at, found in keys.items():
-                k = found.values.double()
-                added = k.T @ k
-                self._sums[at] = self._sums[at] + added if at in self._sums else added
-        self._summed = len(self._rounds)
-        return self._sums.get(layer)
+        done, sums = self._summed
+        for keys in self._rounds[done:]:
+            added = {at: k.values.double().T @ k.values.double() for at, k in keys.items()}
+            sums = sums | {at: sums[at] + new if at in sums else new for at, new in added.items()}
+            done += 1
+            self._summed = (done, sums)
+        return sums.get(layer)
 
     def upto(self, rounds: int) -> KeyHistory:
         """Return the history of the first rounds only."""

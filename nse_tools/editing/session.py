@@ -103,6 +103,10 @@ class EditSession:
     @property
     def history(self) -> KeyHistory:
         """Keys of all rounds so far."""
+        if len(self._history) > len(self):
+            self._history = self._history.upto(len(self))
+        for done in self._rounds[len(self._history) :]:
+            self._history.add(done.final_keys)
         return self._history
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
@@ -153,13 +157,13 @@ class EditSession:
         self._check_untouched()
         watch, layers = Stopwatch(), self.method.layers
         contexts, moments = self.contexts, self.moments
-        with self._put_back_on_error():
+        with self._all_or_nothing():
             with watch.time("values"):
                 values = values or compute_values(self.model, batch, contexts, self.method, progress=self.progress)
             if values.fact_ids != tuple(batch.ids) or values.layer != self.method.last_layer:
                 raise FactError(f"The given values are of other facts or of layer {values.layer}, not {self.method.last_layer}.")
             written = write_values(
-                self.model, self.method, batch, values, contexts, moments, self._history, watch=watch, progress=self.progress
+                self.model, self.method, batch, values, contexts, moments, self.history, watch=watch, progress=self.progress
             )
             done = EditRound(
                 number=len(self) + 1,
@@ -172,8 +176,7 @@ class EditSession:
                 seconds=dict(watch.seconds),
                 digest=digest_of(self.model, layers),
             )
-        self._rounds.append(done)
-        self._history.add(done.final_keys)
+            self._rounds = [*self._rounds, done]  # from here on the round is there
         if done.skipped:
             reasons = dict(Counter(done.skipped.values()))
             _log.warning(
@@ -210,11 +213,11 @@ class EditSession:
         """
         self._check_round(to)
         self._check_untouched()
-        weights = self.weights_at(to)
-        write_weights(self.model, weights)
-        taken, self._rounds = self._rounds[to:], self._rounds[:to]
-        self._history = self._history.upto(to)
+        weights, taken = self.weights_at(to), self._rounds[to:]
         self.memo = {key: value for key, value in self.memo.items() if key[0] <= to}
+        with self._all_or_nothing():
+            write_weights(self.model, weights)
+            self._rounds = self._rounds[:to]
         return taken
 
     @contextmanager
@@ -313,12 +316,14 @@ class EditSession:
 
     # ---- guards ------------------------------------------------------------------------------------------------------
     @contextmanager
-    def _put_back_on_error(self) -> Iterator[None]:
-        before = {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Put the weights back if the ``with`` block is left by an error or interrupt before it has set ``self._rounds``."""
+        before, rounds = {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}, self._rounds
         try:
             yield
         except BaseException:
-            write_weights(self.model, before)
+            if self._rounds is rounds:
+                write_weights(self.model, before)
             raise
 
     def _check_round(self, round: int) -> None:
