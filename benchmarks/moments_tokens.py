@@ -16,13 +16,14 @@ import torch
 
 from nse_tools import EditSession, known_facts, load_model, methods, perplexity, sample_contexts, sample_corpus, score_facts, second_moments
 from nse_tools.editing import EditRound
+from nse_tools.errors import EditError
 from nse_tools.tracing import Corpus, SecondMoments
 
 
 def main() -> None:
     """Read the arguments, run, show, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000, 2_000, 5_000, 15_000, 50_000])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000, 2_000, 5_000, 15_000, 40_000])
     parser.add_argument("--out", type=Path, default=Path("runs/moments_tokens.csv"))
     chosen = parser.parse_args()
     model, method = load_model(), methods.nse()
@@ -33,14 +34,19 @@ def main() -> None:
     rows = []
     for tokens in sorted(chosen.tokens, reverse=True):
         moments = second_moments(model, method.layers, _part(whole, tokens))
-        session = EditSession(model, method, contexts=contexts, moments=moments, progress=False)
-        for number, batch in enumerate(facts.rounds(of=20)):
-            done = session.edit(batch, values=rounds[number].values if number < len(rounds) else None)
-            rounds += [done] if number == len(rounds) else []
-        summary = score_facts(model, facts).summary()
         row = {"tokens": moments.n_tokens, "tokens_per_neuron": moments.n_tokens / model.d_ff, "distance": _distance(moments, best)}
-        row |= {"score": summary["score"], "efficacy_accuracy": summary["efficacy_accuracy"], "specificity": summary["specificity"]}
-        rows.append(row | {"perplexity": perplexity(model)})
+        session = EditSession(model, method, contexts=contexts, moments=moments, progress=False)
+        try:
+            for number, batch in enumerate(facts.rounds(of=20)):
+                done = session.edit(batch, values=rounds[number].values if number < len(rounds) else None)
+                rounds += [done] if number == len(rounds) else []
+        except EditError as singular:  # fewer tokens than neurons
+            print(f"{tokens} tokens: {singular}")
+        else:
+            summary = score_facts(model, facts).summary()
+            row |= {"score": summary["score"], "accuracy": summary["efficacy_accuracy"], "specificity": summary["specificity"]}
+            row |= {"perplexity": perplexity(model)}
+        rows.append(row)
         session.rewind(to=0)
     table = pd.DataFrame(rows).sort_values("tokens").round(3)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
