@@ -145,7 +145,7 @@ def test_knowledge_of_the_embedded_model(smollm: EditableModel) -> None:
         knowledge(smollm, [Fact("x", "France", "The capital of {} is", "Rome")])
 
 
-def test_no_facts_and_empty_targets_are_refused() -> None:
+def test_no_facts_are_refused() -> None:
     model = build("llama")
     with pytest.raises(FactError, match="no facts"):
         score_facts(model, [])
