@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := nse_tools tests benchmarks notebooks
 
-.PHONY: demo test test-long lab lint model clean
+.PHONY: demo test test-long bench lab lint model clean
 
 demo: model            ## the main job: 100 edits in 5 rounds; table and figures into runs/demo
 	$(BIN)/nse-tools demo --out runs/demo
@@ -14,6 +14,9 @@ test: model            ## every test, notebooks included
 
 test-long: model       ## what takes long: more edits, more seeds
 	$(BIN)/python -m pytest -m long
+
+bench: model           ## every benchmark, engine beside the plain way; csv files into runs/bench
+	$(BIN)/python benchmarks/run_all.py
 
 lab: .venv/ready       ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks

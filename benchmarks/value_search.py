@@ -1,103 +1,62 @@
 """Seconds per fact of the value search: this engine against the plain full-sequence search, side by side in one run.
 
-    python benchmarks/value_search.py --facts 1 4 16 --repeat 3
+    python benchmarks/value_search.py --facts 1 4 16 64 --repeat 3
 
-The plain search does what the released code does, in float32: one fact at a time, whole prompts through all layers, logits of
-every token, δ added by a hook; it uses PyTorch's ordinary products. Engine and plain search take turns; medians are shown,
-with the largest relative difference between their δ.
+The plain search does what the released code does, in float32 (``plain.plain_search``). Engine and plain search take turns;
+medians are shown, with the largest relative difference between their δ.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-from pathlib import Path
-from statistics import median
-
 import pandas as pd
-import torch
-from torch import Tensor
 
+from _machine import apart, finish, parser, read, timed
 from nse_tools import Contexts, EditableModel, Fact, Method, compute_values, known_facts, load_model, methods, sample_contexts
-from nse_tools.editing.value_search import search_rows
-from nse_tools.models.editable import hidden_of
-from nse_tools.tracing.batches import pad
+from plain import plain_search
 
 
-def plain_search(model: EditableModel, fact: Fact, contexts: Contexts, method: Method) -> Tensor:
-    """Return δ of one fact, found on whole prompts."""
-    rows = search_rows(model, [fact], contexts)
-    tokens = pad([r.prompt.ids for r in rows], model.pad_id, model.device)
-    at = torch.tensor([r.prompt.position for r in rows])
-    each = torch.arange(len(rows))
-    delta = torch.zeros(model.d_model, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=method.v_lr)
-    seen: dict[str, Tensor] = {}
-
-    def add(_: object, __: object, output: object) -> object:
-        hidden = hidden_of(output)
-        seen.setdefault("h0", hidden[0, at[0]].detach().clone())
-        hidden = hidden.clone()
-        hidden[each, at] += delta
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    handle = model.layer(method.last_layer).register_forward_hook(add)
-    try:
-        for step in range(method.v_num_grad_steps):
-            logp = model.hf(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).logits.log_softmax(-1)
-            nll = torch.stack([_nll(logp[i], r.prompt.target_start, r.targets) for i, r in enumerate(rows[:-1])]).mean()
-            essence = logp[-1, at[-1]]
-            reference = seen.setdefault("p0", essence.detach().clone())
-            kl = (essence.exp() * (essence - reference)).sum()
-            loss = nll + method.kl_factor * kl + method.v_weight_decay * delta.norm() / seen["h0"].norm() ** 2
-            if loss < method.v_loss_threshold or step == method.v_num_grad_steps - 1:
-                break
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            with torch.no_grad():
-                limit = method.clamp_norm_factor * seen["h0"].norm()
-                if delta.norm() > limit:
-                    delta.mul_(limit / delta.norm())
-    finally:
-        handle.remove()
-    return delta.detach()
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a batch size: medians of seconds per fact and of their ratio, largest difference of δ."""
+    groups = frame.groupby("facts")
+    medians = groups[["plain_s_per_fact", "engine_s_per_fact", "ratio"]].median()
+    return medians.assign(max_delta_difference=groups.delta_difference.max(), runs=groups.size()).reset_index()
 
 
-def _nll(logp: Tensor, start: int, targets: tuple[int, ...]) -> Tensor:
-    return -torch.stack([logp[start - 1 + i, token] for i, token in enumerate(targets)]).mean()
+def warm_up(model: EditableModel, fact: Fact, contexts: Contexts, method: Method) -> None:
+    """Search two steps either way, so that what is done once in a process is not measured."""
+    short = method.with_(v_num_grad_steps=2)
+    plain_search(model, fact, contexts, short)
+    compute_values(model, [fact], contexts, short)
 
 
 def main() -> None:
     """Read the arguments, run, show, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--facts", type=int, nargs="+", default=[1, 4, 16], help="batch sizes of the engine")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/value_search.csv"))
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
+    made = parser(__doc__, "value_search")
+    made.add_argument("--facts", type=int, nargs="+", default=[1, 4, 16, 64], help="batch sizes of the engine")
+    made.add_argument("--repeat", type=int, default=3)
+    chosen = read(made)
     model, method = load_model(), methods.nse()
-    contexts, facts = sample_contexts(model), known_facts()[100 : 100 + max(chosen.facts)]
+    contexts, facts = sample_contexts(model), known_facts()[100 : 100 + max(*chosen.facts, chosen.repeat)]
+    warm_up(model, facts[0], contexts, method)
     rows = []
     for number in range(chosen.repeat):
         fact = facts[number % len(facts)]
-        start = time.perf_counter()
-        expected = plain_search(model, fact, contexts, method)
-        plain = time.perf_counter() - start
+        expected, plain = timed(plain_search, model, fact, contexts, method)
         for n in chosen.facts:
             batch = [fact, *(f for f in facts if f is not fact)][:n]
-            start = time.perf_counter()
-            values = compute_values(model, batch, contexts, method)
-            engine = (time.perf_counter() - start) / n
-            apart = float((values.delta[0] - expected).norm() / expected.norm())
-            rows.append({"run": number, "facts": n, "plain": plain, "engine": engine, "ratio": plain / engine, "difference": apart})
-    frame = pd.DataFrame(rows)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(chosen.out, index=False)
-    table = frame.groupby("facts").agg({"plain": median, "engine": median, "ratio": median, "difference": "max"})
-    print(f"seconds per fact, {chosen.threads} threads, medians of {chosen.repeat} runs; difference: ‖δ − δ_plain‖/‖δ_plain‖, largest")
-    print(table.to_string(float_format="{:.3g}".format))
+            values, seconds = timed(compute_values, model, batch, contexts, method)
+            engine = seconds / n
+            rows.append(
+                {
+                    "run": number,
+                    "facts": n,
+                    "plain_s_per_fact": plain,
+                    "engine_s_per_fact": engine,
+                    "ratio": plain / engine,
+                    "delta_difference": apart(values.delta[0], expected),
+                }
+            )
+    finish(rows, summary, chosen, "value search, seconds per fact; the plain way one fact at a time")
 
 
 if __name__ == "__main__":

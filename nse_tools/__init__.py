@@ -34,6 +34,7 @@ _HOME = {
     "NeuronSelection": "editing",
     "PreservedMoments": "editing",
     "TargetValues": "editing",
+    "ValueCache": "editing",
     "collect_keys": "editing",
     "compute_values": "editing",
     "hidden_states": "editing",

@@ -12,10 +12,19 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+from nse_tools.editing import value_cache
 from nse_tools.models import EditableModel, load_model
 from nse_tools.models.weights import copy_of, digest_of, write_weights
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, and one gives the same bits everywhere
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_shared_values(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give every session that a test opens an empty cache of values of its own, instead of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(value_cache, "cache_folder", lambda: tmp_path_factory.mktemp("cache"))
+        yield
 
 
 @pytest.fixture(scope="session")

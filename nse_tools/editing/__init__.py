@@ -9,6 +9,7 @@ from nse_tools.editing.rounds import EditPass, EditRound, LayerStep
 from nse_tools.editing.session import EditSession
 from nse_tools.editing.solvers import LayerUpdate, PreservedMoments, solve_update
 from nse_tools.editing.updating import write_values
+from nse_tools.editing.value_cache import ValueCache
 from nse_tools.editing.values import TargetValues, compute_values
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "NeuronSelection",
     "PreservedMoments",
     "TargetValues",
+    "ValueCache",
     "collect_keys",
     "compute_values",
     "hidden_states",

@@ -20,6 +20,7 @@ from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.method import Method
 from nse_tools.editing.rounds import EditRound
 from nse_tools.editing.updating import Stopwatch, write_values
+from nse_tools.editing.value_cache import ValueCache
 from nse_tools.editing.values import TargetValues, compute_values
 from nse_tools.errors import FactError, SettingError, StateError
 from nse_tools.facts import Fact, FactList
@@ -48,6 +49,10 @@ class EditSession:
         Seed of contexts and of the sampled text for C.
     progress : bool
         Show progress bars.
+    value_cache : ValueCache or bool
+        Target values found before, by this or any other session, are taken from here when the same facts are edited into
+        the same weights with the same contexts and settings; ``round.values.cached`` says which were. By default it is the
+        user's cache; False searches for every value.
 
     Raises
     ------
@@ -66,11 +71,13 @@ class EditSession:
         moments: SecondMoments | None = None,
         seed: int = 0,
         progress: bool = True,
+        value_cache: ValueCache | bool = True,
     ) -> None:
         self.model = model
         self.method = method or methods.nse()
         self.seed = seed
         self.progress = progress
+        self.value_cache: ValueCache | None = ValueCache() if value_cache is True else value_cache or None
         self.memo: dict[Any, Any] = {}
         """Results that other rooms keep with the session (scores); entries are keyed by the round they belong to."""
         self._contexts, self._moments = contexts, moments
@@ -159,7 +166,7 @@ class EditSession:
         contexts, moments = self.contexts, self.moments
         with self._all_or_nothing():
             with watch.time("values"):
-                values = values or compute_values(self.model, batch, contexts, self.method, progress=self.progress)
+                values = values or compute_values(self.model, batch, contexts, self.method, progress=self.progress, cache=self.value_cache)
             if values.fact_ids != tuple(batch.ids) or values.layer != self.method.last_layer:
                 raise FactError(f"The given values are of other facts or of layer {values.layer}, not {self.method.last_layer}.")
             written = write_values(

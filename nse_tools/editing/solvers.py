@@ -175,7 +175,7 @@ def solve_update(
             f"Layer {keys.layer}: the condition number of λC + H is {condition:.3g}, above max_condition={max_condition:.3g}. "
             "Use key statistics of more tokens, or raise max_condition."
         )
-    solved = torch.cholesky_solve(k, lower)
+    solved = _solve(lower, k)
     inner = torch.eye(k.shape[1], dtype=torch.float64) + k.T @ solved
     right = torch.linalg.solve(inner, solved.T)
     share = residuals.double().T / layers_left
@@ -195,6 +195,12 @@ def solve_update(
     )
 
 
+def _solve(lower: Tensor, right: Tensor) -> Tensor:
+    """Return (L Lᵀ)⁻¹ times some columns; on CPUs several times faster than ``torch.cholesky_solve``."""
+    half = torch.linalg.solve_triangular(lower, right, upper=False)
+    return torch.linalg.solve_triangular(lower.mT, half, upper=True)
+
+
 def _condition(matrix: Tensor, lower: Tensor, steps: int = 12) -> float:
     """Estimate λ_max/λ_min of a positive definite matrix by power iteration on it and on its inverse."""
     start = torch.ones(len(matrix), 1, dtype=matrix.dtype)
@@ -210,4 +216,4 @@ def _condition(matrix: Tensor, lower: Tensor, steps: int = 12) -> float:
             vector = vector / size
         return size
 
-    return largest(lambda v: matrix @ v) * largest(lambda v: torch.cholesky_solve(v, lower))
+    return largest(lambda v: matrix @ v) * largest(lambda v: _solve(lower, v))

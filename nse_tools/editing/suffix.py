@@ -8,6 +8,7 @@ called, are computed once; a step of the value search runs layers L+1… on the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import nnsight
@@ -17,9 +18,10 @@ from transformers import DynamicCache
 
 from nse_tools.models import EditableModel
 from nse_tools.models.editable import hidden_of
+from nse_tools.tracing.attention import split_attention
 from nse_tools.tracing.batches import pad
 from nse_tools.tracing.prompts import LocatedPrompt
-from nse_tools.tracing.replay import LayerCall, PrefixCache, keep_rows, run_layer
+from nse_tools.tracing.replay import LayerCall, PrefixCache, keep_rows, run_layer, watch_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,12 @@ class SuffixBatch:
     at: Tensor
     starts: Tensor
     calls: dict[int, LayerCall]
+    apart: bool
 
     @classmethod
-    def record(cls, model: EditableModel, prompts: Sequence[LocatedPrompt], layer: int, whole: bool = False) -> SuffixBatch:
+    def record(
+        cls, model: EditableModel, prompts: Sequence[LocatedPrompt], layer: int, whole: bool = False, apart: bool = False
+    ) -> SuffixBatch:
         """Run the prompts once and keep what replays need.
 
         Parameters
@@ -60,6 +65,8 @@ class SuffixBatch:
             L.
         whole : bool
             Replay whole prompts instead of suffixes: slower, and needs no cached keys and values.
+        apart : bool
+            Attend to prefix and suffix apart (:mod:`nse_tools.tracing.attention`), which is faster.
         """
         starts = [0 if whole else p.position for p in prompts]
         with torch.no_grad(), model.running():
@@ -67,10 +74,10 @@ class SuffixBatch:
             tokens = pad([p.ids[s:] for p, s in zip(prompts, starts, strict=True)], model.pad_id, model.device)
             first = torch.tensor(starts, device=model.device)
             hidden, final, calls = _trace(
-                model, layer, tokens.ids, torch.cat([prefix_mask, tokens.mask], 1), tokens.positions + first[:, None], cache
+                model, layer, tokens.ids, torch.cat([prefix_mask, tokens.mask], 1), tokens.positions + first[:, None], cache, apart
             )
         at = torch.tensor([p.position - s for p, s in zip(prompts, starts, strict=True)], device=model.device)
-        return cls(model, layer, hidden, final, at, first, calls)
+        return cls(model, layer, hidden, final, at, first, calls, apart)
 
     @property
     def n_rows(self) -> int:
@@ -96,8 +103,9 @@ class SuffixBatch:
         """
         hidden = self.hidden.clone()
         hidden[torch.arange(self.n_rows, device=hidden.device), self.at] += delta
-        for layer in range(self.layer + 1, self.model.n_layers):
-            hidden = run_layer(self.model, layer, self.calls[layer], hidden)
+        with split_attention(self.model) if self.apart else nullcontext():
+            for layer in range(self.layer + 1, self.model.n_layers):
+                hidden = run_layer(self.model, layer, self.calls[layer], hidden)
         return hidden
 
     def keep_rows(self, rows: Tensor) -> SuffixBatch:
@@ -119,21 +127,20 @@ def _run_prefixes(model: EditableModel, rows: Sequence[Sequence[int]]) -> tuple[
 
 
 def _trace(
-    model: EditableModel, layer: int, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+    model: EditableModel, layer: int, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, apart: bool
 ) -> tuple[Tensor, Tensor, dict[int, LayerCall]]:
-    before = PrefixCache.of(cache, above=layer)
+    before = PrefixCache.of(cache, layer, apart)
     above = range(layer + 1, model.n_layers)
     base = model.lm.get(model.hf.base_model_prefix)
     last = model.n_layers - 1
     with base.trace(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True):
-        state = hidden_of(model.layer_envoy(layer).output)
-        seen = [model.layer_envoy(index).inputs for index in above]
+        state, seen = watch_calls(model, above) if len(above) else (hidden_of(model.layer_envoy(layer).output), {})
         end = hidden_of(model.layer_envoy(last).output) if len(above) else state
         record = nnsight.save((state, end, seen))
-    hidden, final, inputs = record
+    hidden, final, seen = record
 
     def without_cache(value: object) -> object:
         return before if value is cache else value
 
-    calls = {index: LayerCall.from_inputs(i).map(without_cache) for index, i in zip(above, inputs, strict=True)}
+    calls = {index: call.map(without_cache) for index, call in seen.items()}
     return hidden.clone(), final.clone(), calls

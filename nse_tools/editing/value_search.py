@@ -1,14 +1,15 @@
 """The search for target values: Adam on the δ of many facts at once, each fact leaving when it has met the stop rule.
 
-The rows of all facts (a prompt in one context, or the prompt of the KL term) are put into batches of equal suffix length,
-so that hardly a padded token is computed; a fact's loss is summed over the batches that hold its rows.
+The rows of all facts (a prompt in one context, or the prompt of the KL term) are put into batches of nearby suffix lengths,
+so that hardly a padded token is computed and few batches read the weights; a fact's loss is summed over the batches that hold its rows.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +23,17 @@ from nse_tools.editing.suffix import SuffixBatch
 from nse_tools.errors import EditError
 from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
+from nse_tools.tracing.attention import splits_attention
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.prompts import LocatedPrompt, locate, locate_fact
 
 _log = logging.getLogger(__name__)
 
-MAX_REPLAYED_TOKENS = 1024
+MAX_REPLAYED_TOKENS = 512
 """Replayed tokens in one batch, by default: the activations of the layers above L are held for each of them."""
+
+BATCH_COST = 40
+"""What one more batch costs, in tokens: every layer's weights are read once more, and every operation is called once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ class Found:
 
 
 class _Batch:
-    """Rows of equal suffix length with the places where their predictions are read."""
+    """Rows of nearby suffix lengths with the places where their predictions are read."""
 
     def __init__(self, model: EditableModel, rows: list[SearchRow], suffix: SuffixBatch, reference: Tensor | None = None) -> None:
         self.model, self.rows, self.suffix, self.reference = model, rows, suffix, reference
@@ -93,21 +98,42 @@ class _Batch:
             for i, token in enumerate(row.targets):
                 yield number, row.prompt.target_start - 1 + i - starts[number], token, 1 / len(row.targets)
 
-    def terms(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each fact's share of the NLL and KL terms and of p(target) from this batch's rows, each (n_facts,)."""
-        final = self.suffix.replay(delta[self.row_fact].to(self.suffix.hidden.dtype))
-        states = torch.cat([final[self.row, self.place], final[self.essence, self.suffix.at[self.essence]]])
-        logp = self.model.unembed(states).float().log_softmax(-1)
-        logp_target, logp_essence = logp[: len(self.row)], logp[len(self.row) :]
-        if self.reference is None:
-            self.reference = logp_essence.detach()
-        zero = torch.zeros(len(delta), device=delta.device)
-        picked = logp_target.gather(1, self.token[:, None])[:, 0] * self.share
-        by_row = torch.zeros(len(self.rows), device=delta.device).index_add(0, self.row, picked)
+    def terms(self, delta: Tensor, kl_factor: float, backward: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each fact's share of the NLL and KL terms and of p(target) from this batch's rows, each (n_facts,).
+
+        With ``backward``, the gradient of NLL + kl_factor·KL is added to ``delta.grad``. Its part up to the logits is written
+        down, which spares several passes over (predictions, vocabulary): ∂(−log p_t)/∂logits = p − 1_t, and
+        ∂KL(p ‖ p₀)/∂logits = p ⊙ (log p − log p₀ − KL).
+        """
+        with torch.set_grad_enabled(backward):
+            final = self.suffix.replay(delta[self.row_fact].to(self.suffix.hidden.dtype))
+            states = torch.cat([final[self.row, self.place], final[self.essence, self.suffix.at[self.essence]]])
+            logits = self.model.unembed(states)
+        with torch.no_grad():
+            logp = logits.detach().float().log_softmax(-1)
+            n = len(self.row)
+            if self.reference is None:
+                self.reference = logp[n:].clone()
+            picked = logp[:n].gather(1, self.token[:, None])[:, 0]
+            apart = logp[n:] - self.reference
+            p = logp.exp_()
+            kl = (p[n:] * apart).sum(-1)
+            if backward:
+                weight = self.share * self.row_weight[self.row]
+                gradient = p  # in place
+                gradient[:n] *= weight[:, None]
+                gradient[:n].scatter_add_(1, self.token[:, None], -weight[:, None])
+                gradient[n:] *= (apart - kl[:, None]) * kl_factor
+        if backward:
+            logits.backward(gradient.to(logits.dtype))
+        return self._by_fact(len(delta), picked, kl)
+
+    def _by_fact(self, n_facts: int, picked: Tensor, kl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        zero = torch.zeros(n_facts, device=picked.device)
+        by_row = torch.zeros(len(self.rows), device=picked.device).index_add(0, self.row, picked * self.share)
         nll = zero.index_add(0, self.row_fact, -by_row * self.row_weight * self.is_context)
-        kl = zero.index_add(0, self.row_fact[self.essence], (logp_essence.exp() * (logp_essence - self.reference)).sum(-1))
-        probability = zero.index_add(0, self.row_fact, by_row.detach().exp() * self.row_weight * self.is_context)
-        return nll, kl, probability
+        probability = zero.index_add(0, self.row_fact, by_row.exp() * self.row_weight * self.is_context)
+        return nll, zero.index_add(0, self.row_fact[self.essence], kl), probability
 
     def without(self, facts: set[int]) -> _Batch | None:
         """Return the batch without the rows of some facts; None where nothing is left."""
@@ -186,13 +212,10 @@ class ValueSearch:
         """Return every fact's loss; leave its gradient in ``delta.grad``."""
         method = self.method
         nll, kl, probability = (torch.zeros(len(delta), device=delta.device) for _ in range(3))
+        for batch in self.batches:
+            for total, term in zip((nll, kl, probability), batch.terms(delta, method.kl_factor, backward), strict=True):
+                total += term
         with torch.set_grad_enabled(backward):
-            for batch in self.batches:
-                terms = batch.terms(delta)
-                if backward:
-                    (terms[0] + method.kl_factor * terms[1]).sum().backward()
-                for total, term in zip((nll, kl, probability), terms, strict=True):
-                    total += term.detach()
             decay = method.v_weight_decay * _norm(delta) / self.h0.norm(dim=1) ** 2
             if backward:
                 decay.sum().backward()
@@ -218,28 +241,58 @@ class ValueSearch:
         delta.mul_(torch.where(norm > self.limit, self.limit / norm, 1.0))
 
     def _record(self, rows: Sequence[SearchRow], whole: bool) -> tuple[bool, list[_Batch]]:
-        made = [
-            _Batch(self.model, chosen, SuffixBatch.record(self.model, [r.prompt for r in chosen], self.method.last_layer, whole))
-            for chosen in _grouped(rows)
-        ]
-        if all(_replays(b.suffix) for b in made):
-            return whole, made
-        if whole:
-            raise EditError(f"{self.model.name}: replaying the layers above {self.method.last_layer} does not give the model's own states.")
-        _log.warning("%s cannot be replayed from cached keys and values; replaying whole prompts", self.model.name)
-        return self._record(rows, True)
+        """Record the batches in the fastest way that gives the model's own states; say whether it replays whole prompts."""
+        groups = list(_grouped(rows))
+        for way in _ways(self.model, whole):
+            made = [
+                _Batch(self.model, chosen, SuffixBatch.record(self.model, [r.prompt for r in chosen], self.method.last_layer, **way))
+                for chosen in groups
+            ]
+            if all(_replays(b.suffix) for b in made):
+                return way["whole"], made
+            _log.warning("%s does not give its own states when replayed with %s", self.model.name, way)
+        raise EditError(f"{self.model.name}: replaying the layers above {self.method.last_layer} does not give the model's own states.")
+
+
+def _ways(model: EditableModel, whole: bool) -> list[dict[str, bool]]:
+    """List the ways to replay prompts, fastest first."""
+    plain, joined, apart = ({"whole": w, "apart": a} for w, a in ((True, False), (False, False), (False, True)))
+    return [plain] if whole else [apart, joined, plain] if splits_attention(model) else [joined, plain]
 
 
 def _grouped(rows: Sequence[SearchRow]) -> Iterator[list[SearchRow]]:
-    """Yield rows of the same suffix length, prompts of similar length together, within the budget of tokens."""
-    group: list[SearchRow] = []
-    for row in sorted(rows, key=lambda r: (r.suffix, r.prompt.position)):
-        if group and (row.suffix != group[0].suffix or (len(group) + 1) * row.suffix > MAX_REPLAYED_TOKENS):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+    """Yield rows of nearby suffix lengths, longest first, prompts of similar length together, within the budget of tokens."""
+    for shortest, longest in _spans(Counter(r.suffix for r in rows)):
+        within = [r for r in rows if shortest <= r.suffix <= longest]
+        within.sort(key=lambda r: r.prompt.position)
+        size = max(1, MAX_REPLAYED_TOKENS // longest)
+        n_groups = -(-len(within) // size)
+        for number in range(n_groups):  # of equal size, rather than full ones and a small rest
+            yield within[len(within) * number // n_groups : len(within) * (number + 1) // n_groups]
+
+
+def _spans(counts: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Divide suffix lengths into spans that share a batch, so that padded tokens plus the cost of the batches is least.
+
+    Parameters
+    ----------
+    counts : mapping of int to int
+        Suffix length → number of rows.
+
+    Returns
+    -------
+    list of (int, int)
+        Shortest and longest length of each span, longest lengths first.
+    """
+    lengths = sorted(counts)
+    best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]  # for the first i lengths: cost, spans
+    for i, longest in enumerate(lengths, start=1):
+        options = []
+        for j in range(i):
+            rows = sum(counts[n] for n in lengths[j:i])
+            options.append((best[j][0] + rows * longest + BATCH_COST, [(lengths[j], longest), *best[j][1]]))
+        best.append(min(options))
+    return best[-1][1]
 
 
 @torch.no_grad()

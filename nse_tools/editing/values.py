@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from nse_tools import _late
 from nse_tools._show import table_html
 from nse_tools.editing.method import Method
-from nse_tools.editing.value_search import ValueSearch, search_rows
+from nse_tools.editing.value_cache import FoundValue, ValueCache, identify
+from nse_tools.editing.value_search import SearchRow, ValueSearch, search_rows
 from nse_tools.errors import FactError
 from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
@@ -39,9 +41,12 @@ class TargetValues:
     stop : tuple of str
         Why each search ended: ``"loss"`` below the threshold, or all ``"steps"`` used.
     way : str
-        ``"suffix"``: only the tokens from the subject on were replayed; ``"whole"``: whole prompts.
+        ``"suffix"``: only the tokens from the subject on were replayed; ``"whole"``: whole prompts; ``"mixed"``: some facts
+        one way (taken from a cache), some the other.
     led : tuple of bool
         Whether a neutral lead was put before a fact's prompt, because its subject would have been the first token.
+    cached : tuple of bool
+        Whether a fact's value was taken from a cache instead of searched for; all False by default.
     """
 
     fact_ids: tuple[str, ...]
@@ -53,9 +58,14 @@ class TargetValues:
     stop: tuple[str, ...]
     way: str
     led: tuple[bool, ...]
+    cached: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.cached:
+            object.__setattr__(self, "cached", (False,) * len(self.fact_ids))
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a fact: norms, first and last loss and probability, steps, stop reason."""
+        """Return one row a fact: norms, first and last loss and probability, steps, stop reason, whether it was cached."""
         by_fact = self.trace.groupby("fact", sort=False)
         return pd.DataFrame(
             {
@@ -67,6 +77,7 @@ class TargetValues:
                 "loss": by_fact["loss"].last().reindex(self.fact_ids).to_numpy(),
                 "steps": by_fact.size().reindex(self.fact_ids).to_numpy(),
                 "stop": self.stop,
+                "cached": self.cached,
             }
         )
 
@@ -79,9 +90,10 @@ class TargetValues:
 
     def __repr__(self) -> str:
         table = self.to_frame()
+        cached = f", {sum(self.cached)} cached" if any(self.cached) else ""
         return (
             f"TargetValues({len(self)} facts at layer {self.layer}: mean ‖δ‖ {table.norm_delta.mean():.1f}, "
-            f"mean p(target) {table.probability_before.mean():.3f} → {table.probability.mean():.3f}, {self.way})"
+            f"mean p(target) {table.probability_before.mean():.3f} → {table.probability.mean():.3f}, {self.way}{cached})"
         )
 
     def _repr_html_(self) -> str:
@@ -93,7 +105,14 @@ class TargetValues:
 
 
 def compute_values(
-    model: EditableModel, facts: Sequence[Fact], contexts: Contexts, method: Method, *, progress: bool = False, whole: bool = False
+    model: EditableModel,
+    facts: Sequence[Fact],
+    contexts: Contexts,
+    method: Method,
+    *,
+    progress: bool = False,
+    whole: bool = False,
+    cache: ValueCache | None = None,
 ) -> TargetValues:
     """Find z = h₀ + δ for each fact, many facts in one batch.
 
@@ -120,6 +139,9 @@ def compute_values(
         Show a progress bar.
     whole : bool
         Replay whole prompts instead of suffixes (slower, for checking).
+    cache : ValueCache, optional
+        Values found before are taken from it, and those found now put into it; none by default. Where every fact is held,
+        the model does not run.
 
     Returns
     -------
@@ -137,9 +159,26 @@ def compute_values(
         raise FactError("compute_values: there are no facts.")
     model.check_layers([method.last_layer])
     rows = search_rows(model, facts, contexts)
-    steps = len(facts) * method.v_num_grad_steps
     under = model.original_weights() if method.values_under == "original" else nullcontext()
-    with under, model.running(), tqdm(total=steps, desc="values", unit="step", disable=not progress) as bar:
+    with under, model.running():
+        names = None
+        if cache is not None and len({f.id for f in facts}) == len(facts):  # traces are told apart by the facts' ids
+            names = identify(model, facts, rows, contexts, method, whole)
+        if cache is None or names is None:
+            return _search(model, facts, rows, method, whole, progress)
+        held = cache.read(names, model.d_model)
+        first = {name: i for i, name in reversed(list(enumerate(names)))}  # facts that differ in their id only share a search
+        missing = sorted(i for name, i in first.items() if name not in held)
+        searched = _search(model, [facts[i] for i in missing], _rows_of(rows, missing), method, whole, progress) if missing else None
+    found = {names[i]: part for i, part in zip(missing, _split(searched), strict=True)} if searched is not None else {}
+    cache.write(found)
+    return _together([f.id for f in facts], method.last_layer, [{**held, **found}[n] for n in names], tuple(n in held for n in names))
+
+
+def _search(
+    model: EditableModel, facts: Sequence[Fact], rows: Sequence[SearchRow], method: Method, whole: bool, progress: bool
+) -> TargetValues:
+    with tqdm(total=len(facts) * method.v_num_grad_steps, desc="values", unit="step", disable=not progress) as bar:
         found = ValueSearch(model, [f.id for f in facts], rows, method, whole=whole, bar=bar).run()
     return TargetValues(
         fact_ids=tuple(f.id for f in facts),
@@ -151,4 +190,44 @@ def compute_values(
         stop=found.stop,
         way="whole" if found.whole else "suffix",
         led=tuple(next(r.prompt.led for r in rows if r.fact == i) for i in range(len(facts))),
+    )
+
+
+def _rows_of(rows: Sequence[SearchRow], facts: Sequence[int]) -> list[SearchRow]:
+    """Return the rows of some facts, which are numbered anew."""
+    number = {fact: i for i, fact in enumerate(facts)}
+    return [replace(row, fact=number[row.fact]) for row in rows if row.fact in number]
+
+
+def _split(values: TargetValues) -> list[FoundValue]:
+    by_fact = dict(tuple(values.trace.groupby("fact", sort=False)))
+    return [
+        FoundValue(
+            values.delta[i],
+            values.h0[i],
+            by_fact[fact].drop(columns="fact").reset_index(drop=True),
+            values.stop[i],
+            values.way,
+            values.led[i],
+        )
+        for i, fact in enumerate(values.fact_ids)
+    ]
+
+
+def _together(fact_ids: Sequence[str], layer: int, parts: Sequence[FoundValue], cached: tuple[bool, ...]) -> TargetValues:
+    delta, h0 = torch.stack([p.delta for p in parts]), torch.stack([p.h0 for p in parts])
+    traces = [part.trace.assign(fact=fact)[["fact", *part.trace.columns]] for fact, part in zip(fact_ids, parts, strict=True)]
+    ways = {p.way for p in parts}
+    return TargetValues(
+        fact_ids=tuple(fact_ids),
+        layer=layer,
+        z=h0 + delta,
+        delta=delta,
+        h0=h0,
+        # in the order a search leaves: step by step, within a step the facts in their order
+        trace=pd.concat(traces, ignore_index=True).sort_values("step", kind="stable", ignore_index=True),
+        stop=tuple(p.stop for p in parts),
+        way=ways.pop() if len(ways) == 1 else "mixed",
+        led=tuple(p.led for p in parts),
+        cached=cached,
     )

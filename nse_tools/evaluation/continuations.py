@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 
+from nse_tools.evaluation.prompt_states import PromptStates, run_ends
 from nse_tools.models import EditableModel
-from nse_tools.tracing.batches import batches, pad
+from nse_tools.tracing.batches import batches
 from nse_tools.tracing.prompts import LocatedPrompt, continued
 
 MAX_SCORED_TOKENS = 4096
@@ -43,7 +43,12 @@ class Continuation:
 
 @torch.no_grad()
 def score_continuations(
-    model: EditableModel, pairs: Sequence[tuple[str, str]], *, max_tokens: int = MAX_SCORED_TOKENS, progress: bool = False
+    model: EditableModel,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    max_tokens: int = MAX_SCORED_TOKENS,
+    states: PromptStates | None = None,
+    progress: bool = False,
 ) -> list[Continuation]:
     """Score (prompt, target) pairs under the weights of the moment.
 
@@ -58,6 +63,8 @@ def score_continuations(
         Prompts and targets.
     max_tokens : int
         Padded tokens in one batch.
+    states : PromptStates, optional
+        Remembers the prompts up to the first edited layer for the next time.
     progress : bool
         Show a progress bar.
 
@@ -79,7 +86,7 @@ def score_continuations(
     found: dict[tuple[str, str], Continuation] = {}
     with model.running(), tqdm(total=len(prompts), desc="scoring", unit="prompt", disable=not progress, leave=False) as bar:
         for chosen in batches([len(p) for p in prompts], max_tokens):
-            found |= _score_batch(model, [prompts[i] for i in chosen], [by_prompt[prompts[i]] for i in chosen], located)
+            found |= _score_batch(model, [prompts[i] for i in chosen], [by_prompt[prompts[i]] for i in chosen], located, states)
             bar.update(len(chosen))
     return [found[pair] for pair in pairs]
 
@@ -89,23 +96,17 @@ def _score_batch(
     prompts: list[tuple[int, ...]],
     pairs: list[list[tuple[str, str]]],
     located: dict[tuple[str, str], LocatedPrompt],
+    states: PromptStates | None,
 ) -> dict[tuple[str, str], Continuation]:
-    asked = [(row, pair, located[pair].target_ids) for row, row_pairs in enumerate(pairs) for pair in row_pairs]
-    longer = [entry for entry in asked if len(entry[2]) > 1]
-    tokens = pad(prompts, model.pad_id, model.device, left=True)
-    cache = DynamicCache(config=model.hf.config) if longer else None
-    out = model.hf.base_model(
-        input_ids=tokens.ids,
-        attention_mask=tokens.mask,
-        position_ids=tokens.positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
-    first = _log_probabilities(model, out.last_hidden_state[:, -1])
-    rest = _score_rest(model, tokens.mask, tokens.lengths, cache, longer) if longer else {}
+    targets = [(row, pair, located[pair].target_ids) for row, row_pairs in enumerate(pairs) for pair in row_pairs]
+    longer = [(row, pair, target) for row, pair, target in targets if len(target) > 1]
+    asked = (tuple(prompts), tuple((row, target[:-1]) for row, _, target in longer))
+    ends = states.ends(asked) if states else run_ends(model, asked)
+    first = _log_probabilities(model, ends.prompts)
+    rest = {pair: _score_rest(model, end, target[1:]) for end, (_, pair, target) in zip(ends.continuations, longer, strict=True)}
     argmax = first.argmax(-1).tolist()
     found = {}
-    for row, pair, target in asked:
+    for row, pair, target in targets:
         more_logp, more_hits = rest.get(pair, (0.0, 0))
         logp = float(first[row, target[0]]) + more_logp
         hits = int(argmax[row] == target[0]) + more_hits
@@ -113,28 +114,13 @@ def _score_batch(
     return found
 
 
-def _score_rest(
-    model: EditableModel, mask: Tensor, lengths: Tensor, cache: DynamicCache, asked: list[tuple[int, tuple[str, str], tuple[int, ...]]]
-) -> dict[tuple[str, str], tuple[float, int]]:
-    """Score the second and later tokens of targets on their prompts' cached keys and values."""
-    rows = torch.tensor([row for row, _, _ in asked], device=mask.device)
-    cache.batch_select_indices(rows)
-    tokens = pad([target[:-1] for _, _, target in asked], model.pad_id, model.device)
-    out = model.hf.base_model(
-        input_ids=tokens.ids,
-        attention_mask=torch.cat([mask[rows], tokens.mask], dim=1),
-        position_ids=tokens.positions + lengths[rows][:, None],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    found = {}
-    for number, (_, pair, target) in enumerate(asked):
-        wanted = torch.tensor(target[1:], device=mask.device)
-        logp = _log_probabilities(model, out.last_hidden_state[number, : len(wanted)])
-        found[pair] = (float(logp.gather(1, wanted[:, None]).sum()), int((logp.argmax(-1) == wanted).sum()))
-    return found
+def _score_rest(model: EditableModel, end: Tensor, wanted: tuple[int, ...]) -> tuple[float, int]:
+    """Score the second and later tokens of a target from the states before them."""
+    logp = _log_probabilities(model, end)
+    tokens = torch.tensor(wanted, device=logp.device)
+    return float(logp.gather(1, tokens[:, None]).sum()), int((logp.argmax(-1) == tokens).sum())
 
 
 def _log_probabilities(model: EditableModel, states: Tensor) -> Tensor:
-    """Log-probabilities of the next token from the base model's output, which is normed already."""
-    return model.logits_of_normed(states).float().log_softmax(-1)
+    """Log-probabilities of the next token from states leaving the last layer."""
+    return model.unembed(states).float().log_softmax(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +13,12 @@ import pandas as pd
 from nse_tools import _late
 from nse_tools._show import table_html
 from nse_tools.evaluation.perplexity import perplexity
+from nse_tools.evaluation.prompt_states import PromptStates
 from nse_tools.evaluation.scores import MEASURES, REWRITE, FactScores, score_facts
 
 if TYPE_CHECKING:
     from nse_tools.editing import EditSession
-    from nse_tools.facts import FactList
+    from nse_tools.facts import Fact, FactList
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,36 @@ def round_scores(session: EditSession, round: int, facts: FactList | None = None
     if missing:
         before = round_scores(session, 0, type(facts)(missing), kinds) if round else None
         with session.at(round):
-            found = score_facts(session.model, missing, before=before, kinds=kinds, progress=session.progress)
-        for fact_id, rows in found.prompts.groupby("fact", sort=False):
-            session.memo[(round, next(f for f in missing if f.id == fact_id), kinds)] = rows
+            # the facts of a round together, so that their batches are the same each time
+            for batch in _by_round(session, missing):
+                found = score_facts(
+                    session.model, batch, before=before, kinds=kinds, states=prompt_states(session), progress=session.progress
+                )
+                for fact_id, rows in found.prompts.groupby("fact", sort=False):
+                    session.memo[(round, next(f for f in batch if f.id == fact_id), kinds)] = rows
     return FactScores(pd.concat([session.memo[(round, f, kinds)] for f in facts], ignore_index=True))
+
+
+def prompt_states(session: EditSession) -> PromptStates:
+    """Return the session's store of prompts as they enter its first edited layer, which every later scoring starts from."""
+    first = min(session.method.layers)
+    key = (0, "prompt states", first)  # true of the unedited model too: no rewinding makes it stale
+    if key not in session.memo:
+        session.memo[key] = PromptStates(session.model, first)
+    store: PromptStates = session.memo[key]
+    return store
+
+
+def _by_round(session: EditSession, facts: Sequence[Fact]) -> list[list[Fact]]:
+    """Divide facts by the round they were first edited in; those of no round come last."""
+    rounds: dict[Fact, int] = {}
+    for number, batch in enumerate(session.facts):
+        for fact in batch:
+            rounds.setdefault(fact, number)
+    groups: dict[int, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        groups[rounds.get(fact, len(session))].append(fact)
+    return [groups[number] for number in sorted(groups)]
 
 
 def session_scores(session: EditSession, round: int | None = None, *, with_perplexity: bool = True) -> pd.DataFrame:

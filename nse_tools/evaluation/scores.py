@@ -12,6 +12,7 @@ import pandas as pd
 from nse_tools._show import table_html
 from nse_tools.errors import FactError
 from nse_tools.evaluation.continuations import Continuation, score_continuations
+from nse_tools.evaluation.prompt_states import PromptStates
 from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
 from nse_tools.tracing.prompts import lead_of
@@ -74,6 +75,7 @@ def score_facts(
     *,
     before: FactScores | None = None,
     kinds: Sequence[str] = tuple(MEASURES),
+    states: PromptStates | None = None,
     progress: bool = False,
 ) -> FactScores:
     """Test facts on all their prompts, under the weights of the moment.
@@ -93,6 +95,8 @@ def score_facts(
         The same facts' scores on the unedited model, for ``agreement``.
     kinds : sequence of str
         Kinds of prompts to test: ``"rewrite"``, ``"paraphrase"``, ``"neighborhood"``, ``"locality"``.
+    states : PromptStates, optional
+        Remembers the prompts up to the first edited layer for the next time the same facts are scored.
     progress : bool
         Show a progress bar.
 
@@ -105,7 +109,9 @@ def score_facts(
         raise FactError("score_facts: there are no facts.")
     asked = [entry for fact in facts for entry in _prompts(model, fact) if entry[1] in kinds]
     pairs = [(prompt, target) for _, _, prompt, new, true in asked for target in (new, true) if target is not None]
-    found: dict[tuple[str, str | None], Continuation] = dict(zip(pairs, score_continuations(model, pairs, progress=progress), strict=True))
+    found: dict[tuple[str, str | None], Continuation] = dict(
+        zip(pairs, score_continuations(model, pairs, states=states, progress=progress), strict=True)
+    )
     frame = pd.DataFrame(
         [_row(fact, kind, prompt, found.get((prompt, new)), found.get((prompt, true))) for fact, kind, prompt, new, true in asked]
     )

@@ -148,7 +148,10 @@ class EditableModel:
     def logits_of_normed(self, normed: Tensor) -> Tensor:
         """Turn outputs of the final norm (what the base model returns) into logits."""
         config = self.hf.config.get_text_config()
-        logits = self._head(normed) * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        logits = self._head(normed)
+        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        if scale != 1:  # a pass over all logits
+            logits = logits * scale
         if cap := getattr(config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits

@@ -1,8 +1,8 @@
 """A faster matrix product for frozen float32 weights on CPUs where PyTorch's default library does not use the full width.
 
 ``torch.nn.functional.linear`` runs in MKL, which on some processors uses half of the vector width; oneDNN, which comes
-with the same PyTorch, uses all of it, reads the same weights (no copy), and gives the same result to rounding. Where the
-operator is missing, or the weights are of another dtype or device or need a gradient, PyTorch's own path is taken.
+with the same PyTorch, uses all of it, reads the same weights (no copy), and gives the same result to rounding. On Intel's own
+processors, where the operator is missing, or the weights are of another dtype or device or need a gradient, PyTorch's own path is taken.
 """
 
 from __future__ import annotations
@@ -23,11 +23,17 @@ _log = logging.getLogger(__name__)
 @contextmanager
 def fast_products() -> Iterator[None]:
     """Use the faster product for frozen weights inside a ``with`` block, where there is one."""
-    if available():
+    if worthwhile() and available():
         with _FrozenProducts():
             yield
     else:
         yield
+
+
+@cache
+def worthwhile() -> bool:
+    """Say whether this processor is one that MKL does not use to the full: any but its maker's own."""
+    return "intel" not in str(torch.cpu.get_capabilities().get("cpu_name", "")).lower()
 
 
 @cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ import nnsight
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,6 +21,7 @@ from nse_tools._show import table_html
 from nse_tools.errors import SettingError
 from nse_tools.models import EditableModel
 from nse_tools.models.embedded import cache_folder
+from nse_tools.models.storage import save_atomically
 from nse_tools.tracing.batches import batches, pad
 from nse_tools.tracing.corpus import Corpus, sample_corpus
 
@@ -141,7 +140,7 @@ def _accumulate(model: EditableModel, layers: list[int], corpus: Corpus, checkpo
                 sums[layer] += (keys[layer].T @ keys[layer]).double()
             bar.update()
             if (number + 1) % every == 0 and number + 1 < len(plan):
-                _save_atomically({**{str(la): s for la, s in sums.items()}, "done": torch.tensor(number + 1)}, checkpoint, {})
+                _save({**{str(la): s for la, s in sums.items()}, "done": torch.tensor(number + 1)}, checkpoint, {})
     total = corpus.n_tokens
     return SecondMoments({layer: (s / total).float() for layer, s in sums.items()}, total, corpus.source)
 
@@ -184,14 +183,11 @@ def _read(file: Path) -> SecondMoments | None:
 
 def _write(file: Path, moments: SecondMoments) -> None:
     about = {"n_tokens": str(moments.n_tokens), "source": moments.source}
-    _save_atomically({str(layer): m for layer, m in moments.matrices.items()}, file, about)
+    _save({str(layer): m for layer, m in moments.matrices.items()}, file, about)
 
 
-def _save_atomically(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:
+def _save(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            save_file(tensors, Path(scratch) / "new", metadata=about)
-            (Path(scratch) / "new").replace(file)
+        save_atomically(tensors, file, about)
     except OSError as wrong:  # a full or read-only cache costs time, not the result
         _log.warning("key statistics could not be cached in %s: %s", file.parent, wrong)

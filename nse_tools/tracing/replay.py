@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from nse_tools.models import EditableModel
 from nse_tools.models.editable import hidden_of
+from nse_tools.tracing.attention import with_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +44,32 @@ class LayerCall:
 
 @dataclass(frozen=True, slots=True)
 class PrefixCache:
-    """Keys and values of the tokens before the ones being replayed; hands them out, stores nothing."""
+    """Keys and values of the tokens before the ones being replayed; hands them out, stores nothing.
+
+    With ``apart``, new keys are not joined with the ones before them but carry them (:mod:`nse_tools.tracing.attention`).
+    """
 
     layers: dict[int, tuple[Tensor, Tensor]]
+    apart: bool = False
 
     @classmethod
-    def of(cls, cache: Cache, above: int) -> PrefixCache:
+    def of(cls, cache: Cache, above: int, apart: bool = False) -> PrefixCache:
         """Take what a transformers cache holds now for the layers above one."""
         held = ((i, layer) for i, layer in enumerate(cache.layers) if i > above and layer.keys is not None and layer.keys.numel())
-        return cls({i: (layer.keys, layer.values) for i, layer in held})
+        return cls({i: (layer.keys, layer.values) for i, layer in held}, apart)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Return prefix and new keys and values joined, as ``Cache.update`` does."""
         if layer_idx not in self.layers:
             return keys, values
         before = self.layers[layer_idx]
+        if self.apart:
+            return with_prefix(keys, before), values
         return torch.cat([before[0], keys], dim=-2), torch.cat([before[1], values], dim=-2)
 
     def keep_rows(self, rows: Tensor) -> PrefixCache:
         """Keep some rows."""
-        return PrefixCache({i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()})
+        return replace(self, layers={i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()})
 
 
 def keep_rows(calls: Mapping[int, LayerCall], rows: Tensor, n_rows: int) -> dict[int, LayerCall]:
@@ -112,8 +119,16 @@ def record_calls(
     base = model.lm.get(model.hf.base_model_prefix)
     arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **more}
     with model.running(), base.trace(**arguments) as tracer:
-        seen = [model.layer_envoy(layer).inputs for layer in layers]
-        record = nnsight.save(seen)
+        record = nnsight.save(watch_calls(model, layers))
         tracer.stop()
-    entering = record[0][0][0] if record[0][0] else record[0][1]["hidden_states"]
-    return entering.clone(), {layer: LayerCall.from_inputs(inputs) for layer, inputs in zip(layers, record, strict=True)}
+    return record[0].clone(), record[1]
+
+
+def watch_calls(model: EditableModel, layers: Sequence[int]) -> tuple[Tensor, dict[int, LayerCall]]:
+    """Inside a trace: note what enters the first of consecutive layers, and how each of them is called."""
+    first = model.layer_envoy(layers[0]).inputs
+    entering = first[0][0] if first[0] else first[1]["hidden_states"]
+    calls = {layers[0]: LayerCall.from_inputs(first)}
+    for layer in layers[1:]:
+        calls[layer] = LayerCall.from_inputs(model.layer_envoy(layer).inputs)
+    return entering, calls

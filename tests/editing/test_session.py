@@ -22,7 +22,10 @@ ONE, TWO = FactList(list(FACTS)[:3]), FactList(list(FACTS)[3:])
 
 def session_of(name: str = "llama", **changes) -> EditSession:
     model = build(name)
-    return EditSession(model, METHOD.with_(**changes), contexts=CONTEXTS, moments=moments_for(model, LAYERS), progress=False)
+    # without a cache, so that what is done again is computed again
+    return EditSession(
+        model, METHOD.with_(**changes), contexts=CONTEXTS, moments=moments_for(model, LAYERS), progress=False, value_cache=False
+    )
 
 
 def all_weights(model: EditableModel) -> dict[str, torch.Tensor]:

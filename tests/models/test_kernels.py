@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,10 +11,24 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from nse_tools.models import kernels
-from nse_tools.models.kernels import fast_products
+from nse_tools.models.kernels import fast_products, worthwhile
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="this PyTorch has no oneDNN product; the ordinary one is used")
 sizes = st.integers(1, 40)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_any_processor() -> Iterator[None]:
+    """Take the faster product whatever the processor, so that it is tested on all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "worthwhile", lambda: True)
+        yield
+
+
+@pytest.mark.parametrize(("name", "expected"), [("AMD EPYC 9R14", True), ("Intel Xeon", False), ("", True)])
+def test_only_on_processors_that_are_not_intels(name: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    assert worthwhile.__wrapped__() is expected
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:

@@ -1,0 +1,92 @@
+"""Attention in two parts is attention: outputs, gradients, masks, shared heads; and the model is left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from models_small import NAMES, build
+from nse_tools.tracing import attention
+from nse_tools.tracing.attention import attend, split_attention, splits_attention, with_prefix
+
+few = st.integers(1, 5)
+
+
+def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Head by head and token by token, over joined keys and values."""
+    rows, heads, tokens, _ = query.shape
+    out = torch.zeros(rows, tokens, heads, value.shape[-1], dtype=query.dtype)
+    for r in range(rows):
+        for h in range(heads):
+            shared = h * key.shape[1] // heads
+            for t in range(tokens):
+                scores = (key[r, shared] @ query[r, h, t]) * scaling
+                weights = torch.where(mask[r, 0, t], scores, -torch.inf).softmax(0)
+                out[r, t, h] = weights @ value[r, shared]
+    return out
+
+
+@given(rows=few, key_heads=few, shared=few, before=few, tokens=few, seed=st.integers(0, 9), additive=st.booleans(), scaled=st.booleans())
+def test_two_parts_equal_the_whole(
+    rows: int, key_heads: int, shared: int, before: int, tokens: int, seed: int, additive: bool, scaled: bool
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+
+    def some(heads: int, length: int) -> Tensor:
+        return torch.randn(rows, heads, length, 6, dtype=torch.float64, generator=draw).requires_grad_()
+
+    query, key, value = some(key_heads * shared, tokens), some(key_heads, tokens), some(key_heads, tokens)
+    prefix = (some(key_heads, before).detach(), some(key_heads, before).detach())
+    mask = torch.ones(rows, 1, tokens, before + tokens).tril(before).bool()
+    mask[:, :, :, : before - 1] &= torch.rand(rows, 1, 1, before - 1, generator=draw) < 0.5
+    scaling = 0.7 if scaled else 6**-0.5
+    expected = naive(query, torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2), mask, scaling)
+    upstream = torch.randn(expected.shape, dtype=torch.float64, generator=draw)
+    wanted = torch.autograd.grad(expected, (query, key, value), upstream)
+    given_mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min) if additive else mask
+    carrying = with_prefix(key * 1, prefix)
+    found, none = attend(nn.Module(), query, carrying, value, given_mask, scaling=scaling if scaled else None)
+    assert none is None
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, (query, key, value), upstream), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("asked", [{}, {"position_bias": torch.zeros(1, 1, 2, 5)}])
+def test_what_it_is_not_made_for_goes_the_ordinary_way_on_joined_keys(asked: dict) -> None:
+    query, key, value, k, v = (torch.randn(1, 2, n, 4) for n in (2, 2, 2, 3, 3))
+    mask = torch.ones(1, 1, 2, 5).tril(3).bool()
+    found, _ = attend(nn.Module(), query, with_prefix(key * 1, (k, v)), value, mask, **asked)
+    expected = naive(query, torch.cat([k, key], 2), torch.cat([v, value], 2), mask, 0.5)
+    torch.testing.assert_close(found, expected)
+
+
+def test_keys_without_prefix_are_attended_to_as_usual() -> None:
+    query, key, value = (torch.randn(2, 2, 3, 4) for _ in range(3))
+    mask = torch.ones(2, 1, 3, 3).tril().bool()
+    torch.testing.assert_close(attend(nn.Module(), query, key, value, mask)[0], naive(query, key, value, mask, 0.5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_gets_its_own_attention_back_whatever_happens(name: str) -> None:
+    model = build(name)
+    config = model.hf.config.get_text_config()
+    before = config._attn_implementation
+
+    def broken_off() -> None:
+        with split_attention(model):
+            assert config._attn_implementation == attention._NAME
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken_off()
+    assert config._attn_implementation == before
+
+
+def test_only_pytorchs_attention_in_full_precision_is_split() -> None:
+    assert splits_attention(build("llama"))
+    assert not splits_attention(build("llama", attention="eager"))
+    assert not splits_attention(build("llama", dtype=torch.bfloat16))
