@@ -43,5 +43,9 @@ class KeyHistory:
         """Return all keys of a layer, oldest first, (n_facts, d_ff)."""
         return torch.cat([keys[layer].values for keys in self._rounds if layer in keys])
 
+    def n_keys(self, layer: int) -> int:
+        """Return the number of keys of a layer."""
+        return sum(len(keys[layer]) for keys in self._rounds if layer in keys)
+
     def __len__(self) -> int:
         return len(self._rounds)

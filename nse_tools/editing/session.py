@@ -19,7 +19,8 @@ from nse_tools.editing import methods
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.method import Method
 from nse_tools.editing.rounds import EditRound
-from nse_tools.editing.updating import Stopwatch, write_values
+from nse_tools.editing.solvers import PreservedMoments
+from nse_tools.editing.updating import Stopwatch, preserved_moments, write_values
 from nse_tools.editing.value_cache import ValueCache
 from nse_tools.editing.values import TargetValues, compute_values
 from nse_tools.errors import FactError, SettingError, StateError
@@ -83,6 +84,7 @@ class EditSession:
         self._contexts, self._moments = contexts, moments
         self._rounds: list[EditRound] = []
         self._history = KeyHistory()
+        self._bases: tuple[Method, dict[int, PreservedMoments]] | None = None
         _check_preset(self.method, model)
         model.check_layers(self.method.layers)
         model.originals.keep(self.method.layers)
@@ -164,13 +166,24 @@ class EditSession:
         self._check_untouched()
         watch, layers = Stopwatch(), self.method.layers
         contexts, moments = self.contexts, self.moments
+        if self._bases is None or self._bases[0] is not self.method:
+            self._bases = self.method, preserved_moments(self.method, moments)
         with self._all_or_nothing():
             with watch.time("values"):
                 values = values or compute_values(self.model, batch, contexts, self.method, progress=self.progress, cache=self.value_cache)
             if values.fact_ids != tuple(batch.ids) or values.layer != self.method.last_layer:
                 raise FactError(f"The given values are of other facts or of layer {values.layer}, not {self.method.last_layer}.")
             written = write_values(
-                self.model, self.method, batch, values, contexts, moments, self.history, watch=watch, progress=self.progress
+                self.model,
+                self.method,
+                batch,
+                values,
+                contexts,
+                moments,
+                self.history,
+                bases=self._bases[1],
+                watch=watch,
+                progress=self.progress,
             )
             done = EditRound(
                 number=len(self) + 1,
@@ -296,7 +309,7 @@ class EditSession:
         return pd.concat([r.residuals() for r in self._rounds], ignore_index=True) if self._rounds else pd.DataFrame()
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a round: facts, passes, facts skipped, mean residual before and after, ‖ΔW‖, seconds."""
+        """Return one row a round: facts, passes, facts skipped, mean residual before and after, ‖ΔW‖, seconds, values from the cache."""
         rows = []
         for r in self._rounds:
             before = r.residuals().query("step == 0").residual.mean()
@@ -310,6 +323,7 @@ class EditSession:
                     "residual_after": sum(r.final_residuals) / len(r.facts),
                     "norm_update": sum(u.norm**2 for u in r.updates) ** 0.5,
                     "seconds": sum(r.seconds.values()),
+                    "cached": sum(r.values.cached),
                 }
             )
         return pd.DataFrame(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -10,10 +11,16 @@ import torch
 from torch import Tensor
 
 from nse_tools._show import table_html
+from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.keys import Keys
 from nse_tools.editing.neurons import NeuronSelection
 from nse_tools.errors import EditError
 from nse_tools.models import EditableModel
+
+LOW_RANK = 12
+"""Old keys enter by a low-rank update as long as this many times their number is below d_ff."""
+
+_MAX_SHARED_CONDITION = 1e10
 
 
 class PreservedMoments:
@@ -32,11 +39,36 @@ class PreservedMoments:
     """
 
     def __init__(self, layer: int, moments: Tensor, weight: float, history: Tensor | None = None) -> None:
-        self.layer = layer
-        self.matrix = moments.double() * weight
-        if history is not None:
-            self.matrix = self.matrix + history
+        self.layer, self.d_ff = layer, len(moments)
+        self._moments, self._weight, self._history = moments, weight, history
         self._factors: dict[bytes, tuple[Tensor, float]] = {}
+
+    def with_history(self, history: KeyHistory) -> PreservedMoments:
+        """Return λC + H for the keys of earlier rounds, λC being this object's; its factor goes on being used where that is cheaper."""
+        return _WithOldKeys(self, history) if len(history) else self
+
+    def solve(self, indices: Tensor, keys: Tensor) -> tuple[Tensor, float]:
+        """Return B⁻¹ K on some neurons, and B's condition number there.
+
+        Parameters
+        ----------
+        indices : Tensor
+            I, (n_selected,).
+        keys : Tensor
+            K_I, (n_selected, n_facts) float64.
+
+        Returns
+        -------
+        tuple
+            (n_selected, n_facts) float64, and an estimate of λ_max/λ_min.
+
+        Raises
+        ------
+        EditError
+            If B is singular on these neurons.
+        """
+        lower, condition = self.factor(indices)
+        return _solve(lower, keys), condition
 
     def factor(self, indices: Tensor) -> tuple[Tensor, float]:
         """Return the lower Cholesky factor of B on some neurons, and B's condition number there (an estimate).
@@ -48,16 +80,65 @@ class PreservedMoments:
         """
         key = indices.numpy().tobytes()
         if key not in self._factors:
-            block = self.matrix[indices][:, indices] if len(indices) < len(self.matrix) else self.matrix
-            lower, info = torch.linalg.cholesky_ex(block)
+            lower, info = torch.linalg.cholesky_ex(self._block(indices))
             if int(info):
                 raise EditError(
                     f"Layer {self.layer}: λC + H is singular on the {len(indices)} selected neurons (condition number infinite, "
                     f"pivot {int(info)}). Use key statistics of more tokens than neurons, or a smaller neuron_threshold."
                 )
+            condition = _condition(lambda v: lower @ (lower.mT @ v), lambda v: _solve(lower, v), len(lower))
             # neighbouring passes mostly select the same neurons; older factors are not asked for again
-            self._factors = {key: (lower, _condition(block, lower))}
+            self._factors = {key: (lower, condition)}
         return self._factors[key]
+
+    def _block(self, indices: Tensor) -> Tensor:
+        def on(matrix: Tensor) -> Tensor:
+            return matrix if len(indices) == self.d_ff else matrix[indices][:, indices]
+
+        block = on(self._moments).double() * self._weight
+        return block if self._history is None else block + on(self._history)
+
+
+class _WithOldKeys(PreservedMoments):
+    """λC + H, H = U Uᵀ of few old keys: by (λC + U Uᵀ)⁻¹K = X − Y (1 + UᵀY)⁻¹ UᵀX with X = (λC)⁻¹K, Y = (λC)⁻¹U."""
+
+    def __init__(self, base: PreservedMoments, history: KeyHistory) -> None:
+        super().__init__(base.layer, base._moments, base._weight)
+        self._base = base
+        self._keys = history
+        self._solved: tuple[Tensor, Tensor, float] | None = None
+
+    def solve(self, indices: Tensor, keys: Tensor) -> tuple[Tensor, float]:
+        lower = self._shared_factor(indices)
+        if lower is None:
+            return super().solve(indices, keys)
+        old, solved, condition = self._old_keys(lower)
+        return _low_rank(lower, old, solved, keys), condition
+
+    def _shared_factor(self, indices: Tensor) -> Tensor | None:
+        """Return the factor of λC if it is to be used: all neurons, few old keys, and λC good enough to divide by."""
+        if len(indices) < self.d_ff or LOW_RANK * self._keys.n_keys(self.layer) >= self.d_ff:
+            return None
+        try:
+            lower, condition = self._base.factor(indices)
+        except EditError:  # the old keys may make up for what C lacks
+            return None
+        return lower if condition < _MAX_SHARED_CONDITION else None
+
+    def _block(self, indices: Tensor) -> Tensor:
+        self._history = self._keys.matrix(self.layer)
+        return super()._block(indices)
+
+    def _old_keys(self, lower: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return U, (λC)⁻¹U and the condition number of λC + U Uᵀ; the passes of a round share them."""
+        if self._solved is None:
+            old = self._keys.stacked(self.layer).double().T
+            solved = _solve(lower, old)
+            condition = _condition(
+                lambda v: lower @ (lower.mT @ v) + old @ (old.mT @ v), lambda v: _low_rank(lower, old, solved, v), len(lower)
+            )
+            self._solved = (old, solved, condition)
+        return self._solved
 
 
 @dataclass(frozen=True)
@@ -169,13 +250,12 @@ def solve_update(
     if selection.per_fact is not None:
         k = k * selection.per_fact
     k = k[:, selection.indices].T
-    lower, condition = preserved.factor(selection.indices)
+    solved, condition = preserved.solve(selection.indices, k)
     if condition > max_condition:
         raise EditError(
             f"Layer {keys.layer}: the condition number of λC + H is {condition:.3g}, above max_condition={max_condition:.3g}. "
             "Use key statistics of more tokens, or raise max_condition."
         )
-    solved = _solve(lower, k)
     inner = torch.eye(k.shape[1], dtype=torch.float64) + k.T @ solved
     right = torch.linalg.solve(inner, solved.T)
     share = residuals.double().T / layers_left
@@ -201,19 +281,25 @@ def _solve(lower: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower.mT, half, upper=True)
 
 
-def _condition(matrix: Tensor, lower: Tensor, steps: int = 12) -> float:
+def _low_rank(lower: Tensor, old: Tensor, solved: Tensor, right: Tensor) -> Tensor:
+    """Return (L Lᵀ + U Uᵀ)⁻¹ times some columns, with ``solved`` = (L Lᵀ)⁻¹U."""
+    found = _solve(lower, right)
+    inner = torch.eye(old.shape[1], dtype=old.dtype) + old.mT @ solved
+    return found - solved @ torch.linalg.solve(inner, old.mT @ found)
+
+
+def _condition(apply: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor], size: int, steps: int = 12) -> float:
     """Estimate λ_max/λ_min of a positive definite matrix by power iteration on it and on its inverse."""
-    start = torch.ones(len(matrix), 1, dtype=matrix.dtype)
-    start = start + torch.linspace(0, 1, len(matrix), dtype=matrix.dtype)[:, None]
+    start = torch.linspace(1, 2, size, dtype=torch.float64)[:, None]
 
-    def largest(apply: object) -> float:
-        vector, size = start / start.norm(), 0.0
+    def largest(step: Callable[[Tensor], Tensor]) -> float:
+        vector, norm = start / start.norm(), 0.0
         for _ in range(steps):
-            vector = apply(vector)  # type: ignore[operator]
-            size = float(vector.norm())
-            if not math.isfinite(size) or size == 0:
+            vector = step(vector)
+            norm = float(vector.norm())
+            if not math.isfinite(norm) or norm == 0:
                 return math.inf
-            vector = vector / size
-        return size
+            vector = vector / norm
+        return norm
 
-    return largest(lambda v: matrix @ v) * largest(lambda v: _solve(lower, v))
+    return largest(apply) * largest(inverse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -58,6 +58,7 @@ def write_values(
     moments: SecondMoments,
     history: KeyHistory,
     *,
+    bases: Mapping[int, PreservedMoments] | None = None,
     watch: Stopwatch | None = None,
     progress: bool = False,
 ) -> Written:
@@ -82,6 +83,8 @@ def write_values(
         C of every edited layer.
     history : KeyHistory
         Keys of earlier rounds; not changed here.
+    bases : mapping of int to PreservedMoments, optional
+        λC of every edited layer (:func:`preserved_moments`), whose factors a sequence of rounds can share.
     watch : Stopwatch, optional
         Counts seconds spent on states, keys, solving and applying.
     progress : bool
@@ -99,10 +102,8 @@ def write_values(
         states = FactStates.record(model, facts, contexts, layers[0], last)
         residuals = values.z - states.hidden(last)
     unit = float(residuals.norm(dim=1).mean()) if method.band_unit == "relative" else 1.0
-    preserved = {
-        layer: PreservedMoments(layer, moments[layer], method.mom2_update_weight, history.matrix(layer) if method.use_history else None)
-        for layer in layers
-    }
+    bases = bases or preserved_moments(method, moments)
+    preserved = {layer: bases[layer].with_history(history) if method.use_history else bases[layer] for layer in layers}
     passes: list[EditPass] = []
     with tqdm(total=method.passes * len(layers), desc="layers", unit="layer", disable=not progress, leave=False) as bar:
         for number in range(method.passes):
@@ -116,6 +117,11 @@ def write_values(
     with watch.time("keys"):
         keys = states.keys(layers)
     return Written(tuple(passes), tuple(residuals.norm(dim=1).tolist()), keys)
+
+
+def preserved_moments(method: Method, moments: SecondMoments) -> dict[int, PreservedMoments]:
+    """Return λC of every layer a method edits."""
+    return {layer: PreservedMoments(layer, moments[layer], method.mom2_update_weight) for layer in method.layers}
 
 
 def _one_pass(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models_small import build
-from nse_tools.editing import Keys, NeuronSelection, PreservedMoments, select_neurons, solve_update
+from nse_tools.editing import KeyHistory, Keys, NeuronSelection, PreservedMoments, select_neurons, solve_update, solvers
 from nse_tools.errors import EditError
 from reference import apart, update
 
@@ -47,6 +47,39 @@ def test_keys_are_cut_to_each_facts_own_neurons() -> None:
     cut = keys.values.double() * selection.per_fact
     expected = update(3.0 * moments.double() + history, cut, residuals, selection.indices.tolist())
     assert apart(found.delta(), expected) < 1e-5
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 1000), st.sampled_from([0.6, 1.0]), st.sampled_from([0, 1, 1000])
+)
+@settings(max_examples=60, deadline=None)
+def test_old_keys_enter_as_a_dense_sum_would_whichever_way_is_taken(rounds, seed, share, low_rank) -> None:
+    keys, residuals, moments, _ = problem(3, seed, history=False)
+    draw = torch.Generator().manual_seed(seed + 1)
+    history, base, total = KeyHistory(), PreservedMoments(2, moments, 2.0), 2.0 * moments.double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solvers, "LOW_RANK", low_rank)  # always by low rank, while fewer than d_ff, never
+        for n in rounds:
+            old = torch.randn(n, D_FF, generator=draw)
+            history.add({2: Keys(2, tuple(map(str, range(n))), old)})
+            total = total + old.double().T @ old.double()
+            selection = select_neurons(keys, share)
+            found = solve_update(keys, residuals, base.with_history(history), selection)
+            indices = selection.indices
+            assert apart(found.delta(), update(total, keys.values.double(), residuals, indices.tolist())) < 1e-5
+            spectrum = torch.linalg.eigvalsh(total[indices][:, indices])
+            assert 0.3 * spectrum[-1] / spectrum[0] < found.condition <= 1.0001 * spectrum[-1] / spectrum[0]
+
+
+def test_old_keys_make_up_for_what_general_text_lacks() -> None:
+    keys, residuals, _, _ = problem(3, 4)
+    held = KeyHistory()
+    held.add({2: Keys(2, tuple(map(str, range(30))), torch.randn(30, D_FF, generator=torch.Generator().manual_seed(0)))})
+    nothing = PreservedMoments(2, torch.zeros(D_FF, D_FF), 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solvers, "LOW_RANK", 0)
+        found = solve_update(keys, residuals, nothing.with_history(held), select_neurons(keys, 1.0))
+    assert apart(found.delta(), update(held.matrix(2), keys.values.double(), residuals, list(range(D_FF)))) < 1e-5
 
 
 def test_one_factorisation_serves_equal_selections_and_not_others() -> None:

@@ -570,6 +570,7 @@ def test_a_second_session_takes_its_values_from_the_first_and_edits_the_same(cac
         assert not any(done.values.cached)
         assert all(again.values.cached)
         assert not any(plain.values.cached)
+    assert [s.to_frame().cached.tolist() for s in (first, second)] == [[0, 0], [len(ONE), len(TWO)]]
     # other rounds of the same facts, another order
     third = session_of(cache, alpha=1e-6, use_history=False).edit(FactList(reversed(list(FACTS))))
     assert all(third.values.cached)
