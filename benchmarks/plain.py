@@ -30,7 +30,11 @@ ROWS = 64
 
 # ---- step 1 ----------------------------------------------------------------------------------------------------------
 def plain_search(model: EditableModel, fact: Fact, contexts: Contexts, method: Method) -> Tensor:
-    """Return δ of one fact, found on whole prompts."""
+    """Return δ of one fact, found on whole prompts.
+
+    As in the released code, the model's own logits of every token give the KL term, and the target's log-probabilities come from the last
+    layer's output of every token, put through norm and unembedding once more.
+    """
     rows = search_rows(model, [fact], contexts)
     tokens = pad([r.prompt.ids for r in rows], model.pad_id, model.device)
     at = torch.tensor([r.prompt.position for r in rows])
@@ -46,12 +50,16 @@ def plain_search(model: EditableModel, fact: Fact, contexts: Contexts, method: M
         hidden[each, at] += delta
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = model.layer(method.last_layer).register_forward_hook(add)
+    def keep(_: object, __: object, output: object) -> None:
+        seen["final"] = hidden_of(output)
+
+    handles = [model.layer(method.last_layer).register_forward_hook(add), model.layer(model.n_layers - 1).register_forward_hook(keep)]
     try:
         for step in range(method.v_num_grad_steps):
-            logp = model.hf(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).logits.log_softmax(-1)
+            logits = model.hf(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).logits
+            logp = model.unembed(seen["final"][:-1]).log_softmax(-1)
             nll = torch.stack([_nll(logp[i], r.prompt.target_start, r.targets) for i, r in enumerate(rows[:-1])]).mean()
-            essence = logp[-1, at[-1]]
+            essence = logits[-1, at[-1]].log_softmax(-1)
             reference = seen.setdefault("p0", essence.detach().clone())
             kl = (essence.exp() * (essence - reference)).sum()
             loss = nll + method.kl_factor * kl + method.v_weight_decay * delta.norm() / seen["h0"].norm() ** 2
@@ -65,7 +73,8 @@ def plain_search(model: EditableModel, fact: Fact, contexts: Contexts, method: M
                 if delta.norm() > limit:
                     delta.mul_(limit / delta.norm())
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return delta.detach()
 
 

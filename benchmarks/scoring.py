@@ -4,7 +4,7 @@
 
 The plain way scores one fact at a time, every prompt with either target as a whole sequence in one padded batch, logits of
 every token. A scored prompt counts once, whatever its targets. The scoring "after a change" is what a session does after
-every round: same facts, other weights in the edited layers.
+every round: same facts, other weights in the edited layers, the states below them kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from _machine import finish, parser, read, timed
 from nse_tools import EditableModel, FactList, known_facts, load_model, methods, score_facts
+from nse_tools.evaluation.prompt_states import PromptStates
 from plain import plain_scores
 
 NLL = ["nll_new", "nll_true"]
@@ -28,9 +29,9 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     return medians.assign(max_nll_difference=groups.nll_difference.max(), runs=groups.size()).reset_index()
 
 
-def compare(model: EditableModel, facts: FactList) -> dict[str, Any]:
+def compare(model: EditableModel, facts: FactList, states: PromptStates) -> dict[str, Any]:
     """Score the facts either way."""
-    scores, engine = timed(score_facts, model, facts)
+    scores, engine = timed(score_facts, model, facts, states=states)
     expected, plain = timed(plain_scores, model, facts)
     apart = abs(scores.prompts[NLL].to_numpy() - expected[NLL].to_numpy())
     return {
@@ -58,10 +59,11 @@ def main() -> None:
     for number in range(chosen.repeat):
         for n in chosen.facts:
             facts = FactList(list(known_facts())[:n])
-            rows.append({"run": number, "scoring": "first", **compare(model, facts)})
+            states = PromptStates(model, min(layers))  # kept by a session
+            rows.append({"run": number, "scoring": "first", **compare(model, facts, states)})
             for layer in layers:
                 model.weight(layer).add_(change[layer])
-            rows.append({"run": number, "scoring": "after a change", **compare(model, facts)})
+            rows.append({"run": number, "scoring": "after a change", **compare(model, facts, states)})
             for layer in layers:
                 model.weight(layer).copy_(before[layer])
     finish(rows, summary, chosen, "scoring, prompts per second")

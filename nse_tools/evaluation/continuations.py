@@ -14,7 +14,7 @@ from nse_tools.models import EditableModel
 from nse_tools.tracing.batches import batches
 from nse_tools.tracing.prompts import LocatedPrompt, continued
 
-MAX_SCORED_TOKENS = 4096
+MAX_SCORED_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
