@@ -118,14 +118,11 @@ class _Batch:
             apart = logp[n:] - self.reference
             p = logp.exp_()
             kl = (p[n:] * apart).sum(-1)
-            if backward:
-                weight = self.share * self.row_weight[self.row]
-                gradient = p  # in place
-                gradient[:n] *= weight[:, None]
-                gradient[:n].scatter_add_(1, self.token[:, None], -weight[:, None])
-                gradient[n:] *= (apart - kl[:, None]) * kl_factor
-        if backward:
-            logits.backward(gradient.to(logits.dtype))
+        if backward:  # p is turned into the gradient in place: it is as large as the vocabulary
+            weight = (self.share * self.row_weight[self.row])[:, None]
+            p[:n].mul_(weight).scatter_add_(1, self.token[:, None], -weight)
+            p[n:].mul_((apart - kl[:, None]) * kl_factor)
+            logits.backward(p.to(logits.dtype))
         return self._by_fact(len(delta), picked, kl)
 
     def _by_fact(self, n_facts: int, picked: Tensor, kl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
