@@ -8,8 +8,7 @@ called, are computed once; a step of the value search runs layers L+1… on the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import nnsight
 import torch
@@ -18,10 +17,10 @@ from transformers import DynamicCache
 
 from nse_tools.models import EditableModel
 from nse_tools.models.editable import hidden_of
-from nse_tools.tracing.attention import split_attention
+from nse_tools.tracing.attention import Packing, packed_attention
 from nse_tools.tracing.batches import pad
 from nse_tools.tracing.prompts import LocatedPrompt
-from nse_tools.tracing.replay import LayerCall, PrefixCache, keep_rows, run_layer, watch_calls
+from nse_tools.tracing.replay import LayerCall, PrefixCache, keep_rows, pack_calls, run_layer, watch_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,14 @@ class SuffixBatch:
         Index of the subject's last token among a row's replayed tokens, (rows,).
     starts : Tensor
         Each row's first replayed token, counted in its prompt, (rows,).
+    lengths : Tensor
+        Number of each row's replayed tokens, (rows,).
+    calls : dict of int to LayerCall
+        How each layer above L was called.
+    packing : Packing, optional
+        Where the real tokens are, if they are replayed end to end, without padding.
+    packed_calls : dict of int to LayerCall
+        The calls for packed tokens.
     """
 
     model: EditableModel
@@ -46,12 +53,14 @@ class SuffixBatch:
     final: Tensor
     at: Tensor
     starts: Tensor
+    lengths: Tensor
     calls: dict[int, LayerCall]
-    apart: bool
+    packing: Packing | None = None
+    packed_calls: dict[int, LayerCall] = field(default_factory=dict)
 
     @classmethod
     def record(
-        cls, model: EditableModel, prompts: Sequence[LocatedPrompt], layer: int, whole: bool = False, apart: bool = False
+        cls, model: EditableModel, prompts: Sequence[LocatedPrompt], layer: int, whole: bool = False, packed: bool = False
     ) -> SuffixBatch:
         """Run the prompts once and keep what replays need.
 
@@ -65,8 +74,8 @@ class SuffixBatch:
             L.
         whole : bool
             Replay whole prompts instead of suffixes: slower, and needs no cached keys and values.
-        apart : bool
-            Attend to prefix and suffix apart (:mod:`nse_tools.tracing.attention`), which is faster.
+        packed : bool
+            Replay the rows end to end, without padding (:mod:`nse_tools.tracing.attention`), which is faster.
         """
         starts = [0 if whole else p.position for p in prompts]
         with torch.no_grad(), model.running():
@@ -74,10 +83,11 @@ class SuffixBatch:
             tokens = pad([p.ids[s:] for p, s in zip(prompts, starts, strict=True)], model.pad_id, model.device)
             first = torch.tensor(starts, device=model.device)
             hidden, final, calls = _trace(
-                model, layer, tokens.ids, torch.cat([prefix_mask, tokens.mask], 1), tokens.positions + first[:, None], cache, apart
+                model, layer, tokens.ids, torch.cat([prefix_mask, tokens.mask], 1), tokens.positions + first[:, None], cache
             )
         at = torch.tensor([p.position - s for p, s in zip(prompts, starts, strict=True)], device=model.device)
-        return cls(model, layer, hidden, final, at, first, calls, apart)
+        batch = cls(model, layer, hidden, final, at, first, tokens.lengths, calls)
+        return batch._packed() if packed else batch
 
     @property
     def n_rows(self) -> int:
@@ -103,15 +113,25 @@ class SuffixBatch:
         """
         hidden = self.hidden.clone()
         hidden[torch.arange(self.n_rows, device=hidden.device), self.at] += delta
-        with split_attention(self.model) if self.apart else nullcontext():
-            for layer in range(self.layer + 1, self.model.n_layers):
-                hidden = run_layer(self.model, layer, self.calls[layer], hidden)
-        return hidden
+        if self.packing is None:
+            return self._run(hidden, self.calls)
+        with packed_attention(self.model):
+            return self.packing.unpack(self._run(self.packing.pack(hidden), self.packed_calls))
 
     def keep_rows(self, rows: Tensor) -> SuffixBatch:
         """Return a batch of some of the rows."""
-        calls = keep_rows(self.calls, rows, self.n_rows)
-        return replace(self, hidden=self.hidden[rows], final=self.final[rows], at=self.at[rows], starts=self.starts[rows], calls=calls)
+        per_row = {name: getattr(self, name)[rows] for name in ("hidden", "final", "at", "starts", "lengths")}
+        kept = replace(self, calls=keep_rows(self.calls, rows, self.n_rows), **per_row)
+        return kept._packed() if self.packing is not None else kept
+
+    def _run(self, hidden: Tensor, calls: dict[int, LayerCall]) -> Tensor:
+        for layer in range(self.layer + 1, self.model.n_layers):
+            hidden = run_layer(self.model, layer, calls[layer], hidden)
+        return hidden
+
+    def _packed(self) -> SuffixBatch:
+        packing = Packing.of(self.lengths, self.hidden.shape[1])
+        return replace(self, packing=packing, packed_calls=pack_calls(self.calls, packing))
 
 
 def _run_prefixes(model: EditableModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache]:
@@ -127,9 +147,9 @@ def _run_prefixes(model: EditableModel, rows: Sequence[Sequence[int]]) -> tuple[
 
 
 def _trace(
-    model: EditableModel, layer: int, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, apart: bool
+    model: EditableModel, layer: int, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
 ) -> tuple[Tensor, Tensor, dict[int, LayerCall]]:
-    before = PrefixCache.of(cache, layer, apart)
+    before = PrefixCache.of(cache, layer)
     above = range(layer + 1, model.n_layers)
     base = model.lm.get(model.hf.base_model_prefix)
     last = model.n_layers - 1

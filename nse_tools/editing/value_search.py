@@ -1,7 +1,8 @@
 """The search for target values: Adam on the δ of many facts at once, each fact leaving when it has met the stop rule.
 
-The rows of all facts (a prompt in one context, or the prompt of the KL term) are put into batches of nearby suffix lengths,
-so that hardly a padded token is computed and few batches read the weights; a fact's loss is summed over the batches that hold its rows.
+The rows of all facts (a prompt in one context, or the prompt of the KL term) are put into batches, laid end to end where the
+model's attention allows it, else of nearby suffix lengths so that hardly a padded token is computed; a fact's loss is summed over
+the batches that hold its rows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from typing import Any
 
 import pandas as pd
@@ -23,14 +25,14 @@ from nse_tools.editing.suffix import SuffixBatch
 from nse_tools.errors import EditError
 from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
-from nse_tools.tracing.attention import splits_attention
+from nse_tools.tracing.attention import packs_rows
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.prompts import LocatedPrompt, locate, locate_fact
 
 _log = logging.getLogger(__name__)
 
-MAX_REPLAYED_TOKENS = 512
-"""Replayed tokens in one batch, by default: the activations of the layers above L are held for each of them."""
+MEMORY_BUDGET = 1 << 30
+"""Bytes that the activations of one batch may take, by default: those of every replayed token in every layer above L."""
 
 BATCH_COST = 40
 """What one more batch costs, in tokens: every layer's weights are read once more, and every operation is called once more."""
@@ -239,30 +241,49 @@ class ValueSearch:
 
     def _record(self, rows: Sequence[SearchRow], whole: bool) -> tuple[bool, list[_Batch]]:
         """Record the batches in the fastest way that gives the model's own states; say whether it replays whole prompts."""
-        groups = list(_grouped(rows))
+        layer = self.method.last_layer
+        budget = tokens_within(MEMORY_BUDGET, self.model, layer)
         for way in _ways(self.model, whole):
+            groups = _packed_groups(rows, budget) if way["packed"] else _padded_groups(rows, budget)
             made = [
-                _Batch(self.model, chosen, SuffixBatch.record(self.model, [r.prompt for r in chosen], self.method.last_layer, **way))
-                for chosen in groups
+                _Batch(self.model, chosen, SuffixBatch.record(self.model, [r.prompt for r in chosen], layer, **way)) for chosen in groups
             ]
             if all(_replays(b.suffix) for b in made):
                 return way["whole"], made
             _log.warning("%s does not give its own states when replayed with %s", self.model.name, way)
-        raise EditError(f"{self.model.name}: replaying the layers above {self.method.last_layer} does not give the model's own states.")
+        raise EditError(f"{self.model.name}: replaying the layers above {layer} does not give the model's own states.")
+
+
+def tokens_within(budget: int, model: EditableModel, layer: int) -> int:
+    """Return how many tokens can be replayed above a layer with gradients within some bytes; 64 at least.
+
+    A decoder layer keeps about twelve vectors of d_model and five of d_ff a token for the way back.
+    """
+    a_token = (model.n_layers - 1 - layer) * (12 * model.d_model + 5 * model.d_ff) * model.dtype.itemsize
+    return max(64, budget // max(1, a_token))
 
 
 def _ways(model: EditableModel, whole: bool) -> list[dict[str, bool]]:
     """List the ways to replay prompts, fastest first."""
-    plain, joined, apart = ({"whole": w, "apart": a} for w, a in ((True, False), (False, False), (False, True)))
-    return [plain] if whole else [apart, joined, plain] if splits_attention(model) else [joined, plain]
+    plain, padded, packed = ({"whole": w, "packed": p} for w, p in ((True, False), (False, False), (False, True)))
+    return [plain] if whole else [packed, padded, plain] if packs_rows(model) else [padded, plain]
 
 
-def _grouped(rows: Sequence[SearchRow]) -> Iterator[list[SearchRow]]:
-    """Yield rows of nearby suffix lengths, longest first, prompts of similar length together, within the budget of tokens."""
+def _packed_groups(rows: Sequence[SearchRow], max_tokens: int) -> Iterator[list[SearchRow]]:
+    """Yield rows of nearby suffix length, longest first, in as few groups as the budget of tokens allows, of equal size."""
+    order = sorted(rows, key=lambda r: (-r.suffix, r.prompt.position))
+    ends = list(accumulate(r.suffix for r in order))
+    size = ends[-1] / -(-ends[-1] // max_tokens)
+    for _, group in groupby(zip(order, ends, strict=True), key=lambda entry: int((entry[1] - 1) // size)):
+        yield [row for row, _ in group]
+
+
+def _padded_groups(rows: Sequence[SearchRow], max_tokens: int) -> Iterator[list[SearchRow]]:
+    """Yield rows of nearby suffix lengths, longest first, prompts of similar length together, within the budget of padded tokens."""
     for shortest, longest in _spans(Counter(r.suffix for r in rows)):
         within = [r for r in rows if shortest <= r.suffix <= longest]
         within.sort(key=lambda r: r.prompt.position)
-        size = max(1, MAX_REPLAYED_TOKENS // longest)
+        size = max(1, max_tokens // longest)
         n_groups = -(-len(within) // size)
         for number in range(n_groups):  # of equal size, rather than full ones and a small rest
             yield within[len(within) * number // n_groups : len(within) * (number + 1) // n_groups]
@@ -294,11 +315,15 @@ def _spans(counts: Mapping[int, int]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def _replays(batch: SuffixBatch) -> bool:
-    """Check on one row that replaying gives the states that the model itself computed."""
-    row = batch.keep_rows(torch.tensor([0], device=batch.hidden.device))
-    last = int(row.at[0]) + 1
-    replayed, own = row.replay(torch.zeros_like(row.clean()))[0, :last], row.final[0, :last]
-    return bool((replayed - own).norm() <= 1e-3 * own.norm())
+    """Check on the first and the last row that replaying gives the states that the model itself computed."""
+    rows = batch.keep_rows(torch.tensor(sorted({0, batch.n_rows - 1}), device=batch.hidden.device))
+    try:
+        replayed = rows.replay(torch.zeros_like(rows.clean()))
+    except (RuntimeError, IndexError, ValueError) as refused:  # an attention of the model's own, which knows no packed rows
+        _log.info("%s cannot be replayed this way: %s", batch.model.name, refused)
+        return False
+    real = torch.arange(replayed.shape[1], device=replayed.device)[None] < (rows.at + 1)[:, None]
+    return bool((replayed - rows.final)[real].norm() <= 1e-3 * rows.final[real].norm())
 
 
 def _norm(delta: Tensor) -> Tensor:

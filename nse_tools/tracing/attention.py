@@ -1,14 +1,17 @@
-"""Attention over a fixed prefix and a few new tokens, without copying the prefix.
+"""Attention of rows laid end to end, over fixed prefixes, without padding and without copying the prefixes.
 
-transformers joins cached and new keys into one tensor and, where several query heads share a key head, repeats it for each
-of them; backwards, gradients of the whole are made. On a CPU these copies cost more than the attention itself. Here the
-scores of prefix and new tokens are computed apart and joined, and only the new keys and values get gradients.
+Rows of unequal length are padded for transformers, and every product is then computed for padding too. Here the real tokens of
+all rows stand in one row (:class:`Packing`); only attention sees them row by row. transformers also joins cached and new keys
+into one tensor and, where several query heads share a key head, repeats it for each of them; backwards, gradients of the whole
+are made. On a CPU these copies cost more than the attention itself: the scores of prefix and new tokens are computed apart and
+joined, and only the new keys and values get gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +21,75 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nse_tools.models import EditableModel
 
-_NAME, _ORDINARY = "nse_prefix", "sdpa"
+_NAME, _ORDINARY = "nse_packed", "sdpa"
 _UNKNOWN = ("softcap", "position_bias", "s_aux")
 
 
-def splits_attention(model: EditableModel) -> bool:
-    """Say whether a model's attention can be run in two parts: PyTorch's attention, on a CPU, in full precision."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Packing:
+    """Where the real tokens of rows padded on the right are, (n_tokens,) in the order of the rows."""
+
+    index: Tensor
+    n_rows: int
+    width: int
+
+    @classmethod
+    def of(cls, lengths: Tensor, width: int) -> Packing:
+        """Take rows of these lengths, padded to a width."""
+        real = torch.arange(width, device=lengths.device)[None] < lengths[:, None]
+        return cls(real.flatten().nonzero()[:, 0], len(lengths), width)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Lay rows end to end: (n_rows, width, …) → (1, n_tokens, …)."""
+        packed: Tensor = _Pack.apply(padded, self)
+        return packed
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Put tokens back into rows: (1, n_tokens, …) → (n_rows, width, …), zero on padding."""
+        padded: Tensor = _Unpack.apply(packed, self)
+        return padded
+
+    def _gather(self, padded: Tensor) -> Tensor:
+        return padded.flatten(0, 1).index_select(0, self.index)[None]
+
+    def _scatter(self, packed: Tensor) -> Tensor:
+        empty = packed.new_zeros(self.n_rows * self.width, *packed.shape[2:])
+        return empty.index_copy_(0, self.index, packed[0]).unflatten(0, (self.n_rows, self.width))
+
+
+class _Pack(torch.autograd.Function):
+    """Packing and its gradient, which is unpacking; PyTorch's own for ``index_select`` adds token by token."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return packing._gather(padded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.packing._scatter(grads[0]), None
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return packing._scatter(packed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.packing._gather(grads[0]), None
+
+
+def packs_rows(model: EditableModel) -> bool:
+    """Say whether a model's rows can be run end to end: PyTorch's attention, on a CPU, in full precision."""
     config = model.hf.config.get_text_config()
     return config._attn_implementation == _ORDINARY and model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
 
 
 @contextmanager
-def split_attention(model: EditableModel) -> Iterator[None]:
-    """Let the model attend to prefix and new tokens apart inside a ``with`` block (keys carry their prefix: :func:`with_prefix`)."""
+def packed_attention(model: EditableModel) -> Iterator[None]:
+    """Let the model attend row by row to packed tokens inside a ``with`` block (keys carry their packing: :func:`carrying`)."""
     config = model.hf.config.get_text_config()
     before = config._attn_implementation_internal
     config._attn_implementation_internal = _NAME
@@ -40,9 +99,9 @@ def split_attention(model: EditableModel) -> Iterator[None]:
         config._attn_implementation_internal = before
 
 
-def with_prefix(keys: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
-    """Let new keys carry the keys and values before them, (rows, heads, tokens, d_head) each, to :func:`attend`."""
-    keys.nse_prefix = prefix  # type: ignore[attr-defined]
+def carrying(keys: Tensor, packing: Packing, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Let new keys carry to :func:`attend` how they are packed, and keys and values before them, (rows, heads, tokens, d_head) each."""
+    keys.nse_carried = (packing, prefix)  # type: ignore[attr-defined]
     return keys
 
 
@@ -56,27 +115,48 @@ def attend(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Attend to the prefix that ``key`` carries and to the new tokens; transformers' signature of an attention function.
+    """Attend, in each row that the packing of ``key`` tells of, to its prefix and its new tokens; transformers' signature.
 
-    softmax([q Kₚᵀ, q Kₙᵀ]·scale + mask) [Vₚ; Vₙ], the query heads of one key head stacked as rows of one product.
+    Parameters
+    ----------
+    module : Module
+        The attention module.
+    query, key, value : Tensor
+        (1, heads or key heads, n_tokens, d_head); ``key`` carries packing and prefix (:func:`carrying`).
+    attention_mask : Tensor, optional
+        Of the padded rows, (rows, 1, width, prefix + width), boolean or additive.
+    dropout, scaling, more
+        As transformers passes them.
 
     Returns
     -------
     tuple
-        (rows, new tokens, heads, d_head), and no attention weights.
+        (1, n_tokens, heads, d_head), and no attention weights.
     """
-    prefix = getattr(key, "nse_prefix", None)
-    if prefix is None or attention_mask is None or any(more.get(name) is not None for name in _UNKNOWN):
+    carried = getattr(key, "nse_carried", None)
+    ordinary = ALL_ATTENTION_FUNCTIONS[_ORDINARY]
+    if carried is None:
+        return ordinary(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
+    packing, prefix = carried
+    query, key, value = (packing.unpack(t.transpose(1, 2)).transpose(1, 2) for t in (query, key, value))
+    if prefix is not None and attention_mask is not None and all(more.get(name) is None for name in _UNKNOWN):
+        out = _in_two_parts(query, key, value, prefix, attention_mask, scaling)
+    else:
         if prefix is not None:
             key, value = torch.cat([prefix[0], key], -2), torch.cat([prefix[1], value], -2)
-        return ALL_ATTENTION_FUNCTIONS[_ORDINARY](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
+        out, _ = ordinary(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
+    return packing.pack(out), None
+
+
+def _in_two_parts(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor], mask: Tensor, scaling: float | None) -> Tensor:
+    """softmax([q Kₚᵀ, q Kₙᵀ]·scale + mask) [Vₚ; Vₙ], the query heads of one key head stacked as rows of one product."""
     rows, heads, tokens, width = query.shape
     shared, before = heads // key.shape[1], prefix[0].shape[-2]
     stacked = (query * (width**-0.5 if scaling is None else scaling)).reshape(rows, key.shape[1], shared * tokens, width)
     scores = torch.cat([stacked @ prefix[0].mT, stacked @ key.mT], -1)
-    weights = (scores + _bias(attention_mask, scores.dtype).repeat(1, 1, shared, 1)).softmax(-1)
+    weights = (scores + _bias(mask, scores.dtype).repeat(1, 1, shared, 1)).softmax(-1)
     out = weights[..., :before] @ prefix[1] + weights[..., before:] @ value
-    return out.reshape(rows, heads, tokens, -1).transpose(1, 2), None
+    return out.reshape(rows, heads, tokens, -1).transpose(1, 2)
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from nse_tools.models import EditableModel
 from nse_tools.models.editable import hidden_of
-from nse_tools.tracing.attention import with_prefix
+from nse_tools.tracing.attention import Packing, carrying
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +46,25 @@ class LayerCall:
 class PrefixCache:
     """Keys and values of the tokens before the ones being replayed; hands them out, stores nothing.
 
-    With ``apart``, new keys are not joined with the ones before them but carry them (:mod:`nse_tools.tracing.attention`).
+    With a packing, new keys are not joined with the ones before them but carry them (:mod:`nse_tools.tracing.attention`).
     """
 
     layers: dict[int, tuple[Tensor, Tensor]]
-    apart: bool = False
+    packing: Packing | None = None
 
     @classmethod
-    def of(cls, cache: Cache, above: int, apart: bool = False) -> PrefixCache:
+    def of(cls, cache: Cache, above: int) -> PrefixCache:
         """Take what a transformers cache holds now for the layers above one."""
         held = ((i, layer) for i, layer in enumerate(cache.layers) if i > above and layer.keys is not None and layer.keys.numel())
-        return cls({i: (layer.keys, layer.values) for i, layer in held}, apart)
+        return cls({i: (layer.keys, layer.values) for i, layer in held})
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Return prefix and new keys and values joined, as ``Cache.update`` does."""
-        if layer_idx not in self.layers:
+        before = self.layers.get(layer_idx)
+        if self.packing is not None:
+            return carrying(keys, self.packing, before), values
+        if before is None:
             return keys, values
-        before = self.layers[layer_idx]
-        if self.apart:
-            return with_prefix(keys, before), values
         return torch.cat([before[0], keys], dim=-2), torch.cat([before[1], values], dim=-2)
 
     def keep_rows(self, rows: Tensor) -> PrefixCache:
@@ -73,18 +73,40 @@ class PrefixCache:
 
 
 def keep_rows(calls: Mapping[int, LayerCall], rows: Tensor, n_rows: int) -> dict[int, LayerCall]:
-    """Keep some rows of every argument that has one entry a row; what several layers share is cut once and stays shared."""
-    done: dict[int, Any] = {}
+    """Keep some rows of every argument that has one entry a row."""
 
     def change(value: Any) -> Any:
-        per_row = isinstance(value, PrefixCache) or (isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == n_rows)
-        if not per_row:
+        if isinstance(value, PrefixCache):
+            return value.keep_rows(rows)
+        return value[rows] if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == n_rows else value
+
+    return _changed(calls, change)
+
+
+def pack_calls(calls: Mapping[int, LayerCall], packing: Packing) -> dict[int, LayerCall]:
+    """Lay every argument that has one entry a token end to end; masks (of four dimensions) go on telling of padded rows."""
+
+    def change(value: Any) -> Any:
+        if isinstance(value, PrefixCache):
+            return replace(value, packing=packing)
+        per_token = isinstance(value, Tensor) and value.ndim in (2, 3) and value.shape[0] in (1, packing.n_rows)
+        if not per_token or value.shape[1] != packing.width:
             return value
+        return packing.pack(value.expand(packing.n_rows, *value.shape[1:]))
+
+    return _changed(calls, change)
+
+
+def _changed(calls: Mapping[int, LayerCall], change: Callable[[Any], Any]) -> dict[int, LayerCall]:
+    """Change every argument of every call; what several layers share is changed once and stays shared."""
+    done: dict[int, Any] = {}
+
+    def once(value: Any) -> Any:
         if id(value) not in done:
-            done[id(value)] = value.keep_rows(rows) if isinstance(value, PrefixCache) else value[rows]
+            done[id(value)] = change(value)
         return done[id(value)]
 
-    return {layer: call.map(change) for layer, call in calls.items()}
+    return {layer: call.map(once) for layer, call in calls.items()}
 
 
 def run_layer(model: EditableModel, index: int, call: LayerCall, hidden: Tensor) -> Tensor:

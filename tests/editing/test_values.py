@@ -11,11 +11,12 @@ import torch
 from models_small import CONTEXTS, FACTS, NAMES, build, build_hf, tokenizer
 from nse_tools.editing import Method, compute_values
 from nse_tools.editing.suffix import SuffixBatch
+from nse_tools.editing.value_search import _packed_groups, search_rows, tokens_within
 from nse_tools.errors import EditError, FactError, ModelError
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
 from nse_tools.tracing import BARE, LocatedPrompt
-from nse_tools.tracing.attention import splits_attention
+from nse_tools.tracing.attention import packs_rows
 from reference import Reference, apart
 
 # two layers above L: with a sliding window of 6 tokens δ reaches 10 tokens ahead, all targets; where it reaches none, the gradient
@@ -163,9 +164,9 @@ def test_replaying_without_a_change_gives_the_models_own_states(name: str) -> No
     }
     naive = reference_of(model)
     for (case, prompts), attention in product(rows.items(), (False, True)):
-        if attention and not splits_attention(model):
+        if attention and not packs_rows(model):
             continue
-        batch = SuffixBatch.record(model, prompts, 1, apart=attention)
+        batch = SuffixBatch.record(model, prompts, 1, packed=attention)
         draw = torch.Generator().manual_seed(3)
         delta = torch.randn(len(prompts), model.d_model, generator=draw)
         with torch.no_grad():
@@ -177,6 +178,32 @@ def test_replaying_without_a_change_gives_the_models_own_states(name: str) -> No
             assert apart(moved[row, :length], expected[prompt.position :]) < 1e-4, (case, row)
             if row == 1:
                 assert apart(kept[0, :length], expected[prompt.position :]) < 1e-4, case
+
+
+@pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
+def test_packed_groups_hold_every_row_once_within_the_budget_of_tokens(budget: int) -> None:
+    rows = search_rows(build("llama"), FACTS, CONTEXTS)
+    groups = list(_packed_groups(rows, budget))
+    assert sorted(map(id, rows)) == sorted(id(row) for group in groups for row in group)
+    total, longest = sum(row.suffix for row in rows), max(row.suffix for row in rows)
+    assert len(groups) <= -(-total // budget)
+    assert all(sum(row.suffix for row in group) < min(total, budget) + longest for group in groups)
+    assert [row.suffix for group in groups for row in group] == sorted((row.suffix for row in rows), reverse=True)
+
+
+def test_a_small_memory_budget_makes_more_batches_and_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    expected = compute_values(model, FACTS, CONTEXTS, METHOD)
+    assert tokens_within(1 << 20, model, 1) == 2 * tokens_within(1 << 19, model, 1) > tokens_within(1, model, 1) == 64
+    monkeypatch.setattr("nse_tools.editing.value_search.MEMORY_BUDGET", 1)
+    assert apart(compute_values(model, FACTS, CONTEXTS, METHOD).delta, expected.delta) < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_packed_wherever_attention_is_pytorchs(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        compute_values(build(name), FACTS[:2], CONTEXTS, METHOD.with_(v_num_grad_steps=1))
+    assert "does not give its own states" not in caplog.text
 
 
 def test_values_under_original_weights_ignore_edits_and_those_under_current_weights_do_not() -> None:
@@ -225,8 +252,8 @@ def test_the_way_of_a_model_that_cannot_be_replayed_from_a_cache_is_whole(monkey
     expected = compute_values(model, FACTS[:2], CONTEXTS, METHOD, whole=True)
     record = SuffixBatch.record.__func__
 
-    def broken(cls, model, prompts, layer, whole=False, apart=False):
-        batch = record(cls, model, prompts, layer, whole, apart)
+    def broken(cls, model, prompts, layer, whole=False, packed=False):
+        batch = record(cls, model, prompts, layer, whole, packed)
         return batch if whole else type(batch)(**{f: getattr(batch, f) for f in batch.__slots__} | {"final": batch.final * 2})
 
     monkeypatch.setattr(SuffixBatch, "record", classmethod(broken))
