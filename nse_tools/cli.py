@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from nse_tools.errors import NSEError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from nse_tools.evaluation import Comparison
 
 app = typer.Typer(help="See and steer what a language model knows.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -34,6 +39,27 @@ _SHOWN = {
 _CAPTION = (
     "percent, all facts edited so far (round 0: the unedited model on the first round's facts) · fresh: efficacy on the round's own facts"
     " · accuracy: the new target is the first choice · general.: paraphrases · specific.: neighbours keep theirs"
+)
+
+_HEADS = {
+    "method": "",
+    "edits": "edits",
+    "score": "Score",
+    "efficacy": "efficacy",
+    "efficacy_accuracy": "accuracy",
+    "generalization": "general.",
+    "specificity": "specific.",
+    "score_token_accuracy": "Score",
+    "efficacy_token_accuracy": "efficacy",
+    "generalization_token_accuracy": "general.",
+    "locality_token_accuracy": "locality",
+    "perplexity": "perpl.",
+    "first_round_accuracy": "first",
+    "seconds_per_edit": "s/edit",
+}
+_COMPARED = (
+    "percent, on all facts, mean ± deviation over seeds · accuracy: the new target is the first choice · general.: paraphrases"
+    " · specific.: neighbours keep theirs · first: accuracy on the first round's facts · s/edit: where every value was searched for"
 )
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a hub id, a folder or a .gguf file.")]
@@ -79,6 +105,50 @@ def demo(
 
 
 @app.command()
+def compare(
+    methods: Annotated[str, typer.Option(help="Names of methods, with commas.")] = "nse,memit,memit_seq",
+    out: Annotated[Path, typer.Option(help="Folder; a run that was killed goes on there.")] = Path("runs/compare"),
+    model: Model = "smollm2-135m",
+    facts: Facts = "world",
+    n: Annotated[int, typer.Option(help="How many facts.")] = 100,
+    rounds_of: Annotated[int, typer.Option(help="Facts in a round.")] = 20,
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
+    test_at: Annotated[str, typer.Option(help="Test after every k-th round (a number), or after these (with commas).")] = "1",
+    shuffle: Annotated[bool, typer.Option(help="Shuffle the facts with each seed.")] = False,
+    skip: Annotated[int, typer.Option(help="Leave out the first facts.")] = 0,
+    preset: Annotated[str, typer.Option(help="Preset of all methods, or 'none' (then --set layers=…).")] = "smollm2-135m",
+    change: Annotated[list[str] | None, typer.Option("--set", help="A setting of all methods: name=value, value as in JSON.")] = None,
+) -> None:
+    """Compare methods on the same facts, contexts and key statistics; table, CSV files and figures."""
+    from nse_tools.editing import methods as known_methods
+    from nse_tools.evaluation import compare
+    from nse_tools.facts import known_facts, load_facts
+    from nse_tools.figures import save_comparison
+    from nse_tools.models import load_model
+
+    with _errors_in_one_line():
+        settings = {"preset": None if preset == "none" else preset, **_settings(change or [])}
+        chosen = [known_methods.get(name.strip(), **settings) for name in methods.split(",")]
+        stream = known_facts() if facts == "world" else load_facts(facts)
+        tested, numbers = _numbers("--test-at", test_at), _numbers("--seeds", seeds)
+        result = compare(
+            load_model(model),
+            stream[skip : skip + n],
+            chosen,
+            rounds_of=rounds_of,
+            seeds=numbers,
+            folder=out,
+            test_at=tested if "," in test_at else tested[0],
+            shuffle=shuffle,
+        )
+        files = save_comparison(result, out)
+    console.print(comparison_table(result))
+    for halt in result.stopped.itertuples():
+        console.print(escape(f"{halt.method}, seed {halt.seed}, could not go on after round {halt.after_round}: {halt.why}"), style="red")
+    console.print("Written:", *(str(f) for f in files), sep="\n  ")
+
+
+@app.command()
 def known(
     out: Annotated[Path, typer.Option(help="CSV file to write.")],
     model: Model = "smollm2-135m",
@@ -93,6 +163,39 @@ def known(
         table = knowledge(load_model(model), load_facts(facts), progress=True).sort_values("id")
         table.to_csv(out, index=False, lineterminator="\n")
     console.print(f"{int(table.known.sum())} of {len(table)} facts are known; written to {out}")
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return the summary of a comparison: a row a method, mean ± deviation over seeds."""
+    shown = comparison.shown()
+    shown = shown[[column for column in _HEADS if column in shown]]
+    title = f"after the last round, on {comparison.about['model']}, seeds {', '.join(map(str, comparison.seeds))}"
+    table = Table(title=title, caption=_COMPARED, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in shown.columns:
+        table.add_column(_HEADS[column], justify="left" if column == "method" else "right", overflow="fold")
+    for row in shown.itertuples(index=False):
+        table.add_row(*(escape(cell.replace(" ± ", "±")) for cell in row))
+    return table
+
+
+def _settings(changes: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for change in changes:
+        name, found, value = change.partition("=")
+        if not found:
+            raise NSEError(f"--set {change}: expected name=value, e.g. --set passes=1.")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:  # a word
+            settings[name] = value
+    return settings
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    numbers = [part.strip() for part in text.split(",") if part.strip()]
+    if not numbers or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
+        raise NSEError(f"{option} {text}: expected whole numbers, with commas.")
+    return [int(number) for number in numbers]
 
 
 def score_table(scores: pd.DataFrame, title: str) -> Table:

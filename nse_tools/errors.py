@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class NSEError(Exception):
@@ -24,6 +25,28 @@ class SettingError(NSEError, ValueError):
 
 class EditError(NSEError, RuntimeError):
     """An edit that could not be carried out; the model is as it was before."""
+
+
+class CollapseError(EditError):
+    """A round after which the model is failing as a language model, and which was taken back.
+
+    Parameters
+    ----------
+    message : str
+        Which round, which signs, what is kept.
+    signs : CollapseSigns
+        What was measured.
+    taken : EditRound
+        The record of the round that was taken back.
+    """
+
+    def __init__(self, message: str, signs: Any, taken: Any) -> None:
+        super().__init__(message)
+        self.signs, self.taken = signs, taken
+
+
+class MissingPackageError(NSEError, ImportError):
+    """An optional package that is not installed; says how to install it."""
 
 
 class StateError(NSEError, RuntimeError):

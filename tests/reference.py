@@ -6,6 +6,7 @@ Written from the equations; nothing of ``nse_tools`` is used. Facts are anything
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -163,14 +164,16 @@ class Reference:
         h0 = self.hidden(fact, layer)
         delta = torch.zeros_like(h0, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=method.v_lr)
-        clean, course = None, []
+        clean, course, said = None, [], 0
         for step in range(method.v_num_grad_steps):
             adam.zero_grad()
             nll, kl, clean = self.loss_terms(fact, prefixes, layer, delta, clean)
             decay = method.v_weight_decay * delta.norm() / h0.norm() ** 2
             loss = nll + method.kl_factor * kl + decay
             course.append([float(x.detach()) for x in (nll, kl, decay, loss)])
-            if course[-1][-1] < method.v_loss_threshold or step == method.v_num_grad_steps - 1:
+            said = said + 1 if self.says(fact, prefixes, layer, delta) else 0
+            enough = 0 < method.v_stop_at_argmax <= said
+            if course[-1][-1] < method.v_loss_threshold or enough or step == method.v_num_grad_steps - 1:
                 break
             loss.backward()
             adam.step()
@@ -178,15 +181,47 @@ class Reference:
             with torch.no_grad():
                 if delta.norm() > limit:
                     delta.mul_(limit / delta.norm())
-        stop = "loss" if course[-1][-1] < method.v_loss_threshold else "steps"
+        stop = "loss" if course[-1][-1] < method.v_loss_threshold else "argmax" if enough else "steps"
         return {"delta": delta.detach(), "h0": h0, "z": h0 + delta.detach(), "course": course, "stop": stop}
+
+    @torch.no_grad()
+    def says(self, fact: Any, prefixes: tuple[str, ...], layer: int, delta: Tensor) -> bool:
+        """Whether every target token is the likeliest one in every context."""
+        for prefix in prefixes:
+            ids, place, start = self.locate(fact.prompt, fact.subject, prefix, fact.target_new)
+            logits = self.run(ids, add=(layer, place, delta))[0]
+            if any(int(logits[i - 1].argmax()) != ids[i] for i in range(start, len(ids))):
+                return False
+        return True
+
+    @torch.no_grad()
+    def usual_norm(self, fact: Any, prefixes: tuple[str, ...], layer: int) -> float:
+        """Mean over contexts of ‖h^l‖ at the subject's last token."""
+        norms = []
+        for prefix in prefixes:
+            ids, place, _ = self.locate(fact.prompt, fact.subject, prefix)
+            norms.append(float(self.run(ids, see=layer)[1][place].norm()))
+        return sum(norms) / len(norms)
 
     # ---- steps 2 to 4 ------------------------------------------------------------------------------------------------
     def round(
-        self, facts: Any, prefixes: tuple[str, ...], z: Tensor, method: Any, moments: dict[int, Tensor], history: dict[int, Tensor]
+        self,
+        facts: Any,
+        prefixes: tuple[str, ...],
+        z: Tensor,
+        method: Any,
+        moments: dict[int, Tensor],
+        history: dict[int, Tensor],
+        z_first: Tensor | None = None,
+        originals: dict[int, Tensor] | None = None,
     ) -> dict[str, Any]:
-        """One whole round; changes the weights. ``history`` maps a layer to H and is brought up to date."""
+        """One whole round; changes the weights. ``history`` maps a layer to H and is brought up to date.
+
+        ``z_first``: targets at the first layer, where it has its own. ``originals``: W₀, where growth is held back.
+        """
         layers, last = method.layers, method.layers[-1]
+        if method.spread == "ends":
+            layers = (layers[0], last)
         fates, chosen, residuals_seen, unit = [], [], [], None
         for _ in range(method.passes):
             norms = [float((z[j] - self.hidden(f, last)).norm()) for j, f in enumerate(facts)]
@@ -199,19 +234,28 @@ class Reference:
             for place, layer in enumerate(layers):
                 residual = torch.stack([z[j] - self.hidden(facts[j], last) for j in range(len(facts))])
                 residuals_seen.append(residual.norm(dim=1))
+                share = residual[taken] / (len(layers) - place)
+                if method.spread == "ends":
+                    own_z = z_first if layer == layers[0] else z
+                    share = torch.stack([own_z[j] - self.hidden(facts[j], layer) for j in taken])
                 keys = torch.stack([self.key(facts[j], prefixes, layer) for j in taken])
-                neurons = sorted(select(keys.abs().sum(0), method.neuron_threshold, method.selection_rule))
+                scores = score(keys, method.neuron_score, moments[layer].double(), self.weight(layer))
+                neurons = sorted(select(scores.sum(0), method.neuron_threshold, method.selection_rule))
                 if method.per == "fact":
-                    own = [select(k.abs(), method.neuron_threshold, method.selection_rule) for k in keys]
+                    own = [select(s, method.neuron_threshold, method.selection_rule) for s in scores]
                     neurons = sorted(set().union(*own))
                     cut = [[float(v) if i in s else 0.0 for i, v in enumerate(k)] for k, s in zip(keys, own, strict=True)]
                     keys = torch.tensor(cut, dtype=torch.float64)
                 chosen.append(neurons)
-                b = method.mom2_update_weight * moments[layer].double()
-                if method.use_history and layer in history:
-                    b = b + history[layer]
-                change = update(b, keys, residual[taken] / (len(layers) - place), neurons)
+                old = history[layer] if method.use_history and layer in history else torch.zeros_like(moments[layer]).double()
+                change = solved(method, moments[layer].double(), old, keys, share, neurons)
+                change = multiplied(method, change, moments[layer].double(), self.weight(layer), neurons)
+                if method.keep_share < 1:
+                    change = largest_kept(change, self.weight(layer)[:, neurons], method.keep_share)
                 self.weight(layer)[:, neurons] += change
+        if method.compress:
+            for layer in layers:
+                self.weight(layer).copy_(compressed(self.weight(layer), originals[layer].double(), method.compress_base))
         for layer in layers:
             keys = torch.stack([self.key(f, prefixes, layer) for f in facts])
             history[layer] = history.get(layer, torch.zeros(keys.shape[1], keys.shape[1]).double()) + keys.T @ keys
@@ -240,6 +284,73 @@ def update(preserved: Tensor, keys: Tensor, residuals: Tensor, neurons: list[int
     """ΔW[:, I] = R ((B + K Kᵀ)_I⁻¹ K_I)ᵀ by one dense solve; rows of ``keys`` and ``residuals`` are facts."""
     a = (preserved + keys.T @ keys)[neurons][:, neurons]
     return residuals.double().T @ torch.linalg.solve(a, keys[:, neurons].T).T
+
+
+def score(keys: Tensor, kind: str, moments: Tensor, weight: Tensor) -> Tensor:
+    """Scores of all neurons, a row a fact, entry by entry."""
+    rows = keys.abs().tolist()
+    for row in rows:
+        for i, k in enumerate(row):
+            if kind == "key_by_moment":
+                row[i] = k * k / float(moments[i, i])
+            elif kind == "key_by_column":
+                row[i] = k * sum(float(w) ** 2 for w in weight[:, i]) ** 0.5
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def projector(moments: Tensor, threshold: float, unit: str) -> Tensor:
+    """P, as AlphaEdit releases it: by an SVD of C, singular vectors of small singular values."""
+    u, s, _ = torch.linalg.svd(moments)
+    small = u[:, s < threshold * (float(s.mean()) if unit == "relative" else 1)]
+    return small @ small.T
+
+
+def solved(method: Any, moments: Tensor, old: Tensor, keys: Tensor, residuals: Tensor, neurons: list[int]) -> Tensor:
+    """ΔW[:, I] by one dense solve, whichever solver: for the null space the equation as it is released, not symmetric."""
+    on = torch.eye(len(moments), dtype=torch.float64)[neurons]
+    identity = torch.eye(len(neurons), dtype=torch.float64)
+    if method.solver == "least_squares":
+        preserved = method.mom2_update_weight * moments + old + method.ridge * torch.eye(len(moments), dtype=torch.float64)
+        return update(preserved, keys, residuals, neurons)
+    p = projector(on @ moments @ on.T, method.nullspace_threshold, method.nullspace_unit)
+    k = keys[:, neurons].T
+    return (torch.linalg.inv(p @ (k @ k.T + on @ old @ on.T) + method.ridge * identity) @ p @ k @ residuals.double()).T
+
+
+def multiplied(method: Any, change: Tensor, moments: Tensor, weight: Tensor, neurons: list[int]) -> Tensor:
+    """ΔW[:, I] times the multiplier, a dense matrix."""
+    if method.multiplier == "null_space":
+        return change @ projector(moments[neurons][:, neurons], method.nullspace_threshold, method.nullspace_unit)
+    if method.multiplier == "off_top":
+        rows = torch.stack([row / row.norm() for row in weight[:, neurons]])
+        values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+        total, running, top = float(values.sum()), 0.0, []
+        for value, vector in sorted(zip(values.tolist(), vectors.T, strict=True), key=lambda pair: -pair[0]):
+            top.append(vector)
+            running += value
+            if running > method.top_share * total:
+                break
+        u = torch.stack(top).T
+        return change @ (torch.eye(len(neurons), dtype=torch.float64) - method.top_damping * u @ u.T)
+    return change
+
+
+def largest_kept(change: Tensor, weight: Tensor, share: float) -> Tensor:
+    """Only the share of the entries with the largest |ΔW/W|; the others 0."""
+    places = [(i, j) for i in range(change.shape[0]) for j in range(change.shape[1])]
+    places.sort(key=lambda ij: -abs(float(change[ij]) / float(weight[ij])))
+    kept = torch.zeros_like(change)
+    for ij in places[: math.ceil(share * len(places) - 1e-9)]:
+        kept[ij] = change[ij]
+    return kept
+
+
+def compressed(weight: Tensor, original: Tensor, base: float) -> Tensor:
+    """W₀ + U diag(f(s)) Vᵀ of W − W₀, f(s) = log_b(s) − log_b(σ) + σ above σ = σ_max(W₀)."""
+    u, s, v = torch.linalg.svd(weight - original, full_matrices=False)
+    limit = float(torch.linalg.svdvals(original)[0])
+    held = [math.log(x, base) - math.log(limit, base) + limit if x > limit else x for x in s.tolist()]
+    return original + u @ torch.diag(torch.tensor(held, dtype=torch.float64)) @ v
 
 
 def apart(found: Tensor, expected: Tensor) -> float:

@@ -1,10 +1,13 @@
 """The four steps, the round, the session."""
 
 from nse_tools.editing import methods
+from nse_tools.editing.calibration import Calibration, calibrate
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.keys import FactStates, Keys, collect_keys, hidden_states
 from nse_tools.editing.method import Method
-from nse_tools.editing.neurons import NeuronSelection, overlaps, select_neurons
+from nse_tools.editing.neurons import NeuronSelection, neuron_scores, overlaps, select_neurons
+from nse_tools.editing.null_space import NullSpace
+from nse_tools.editing.ordering import order_facts
 from nse_tools.editing.rounds import EditPass, EditRound, LayerStep
 from nse_tools.editing.session import EditSession
 from nse_tools.editing.solvers import LayerUpdate, PreservedMoments, solve_update
@@ -13,6 +16,7 @@ from nse_tools.editing.value_cache import ValueCache
 from nse_tools.editing.values import TargetValues, compute_values
 
 __all__ = [
+    "Calibration",
     "EditPass",
     "EditRound",
     "EditSession",
@@ -23,13 +27,17 @@ __all__ = [
     "LayerUpdate",
     "Method",
     "NeuronSelection",
+    "NullSpace",
     "PreservedMoments",
     "TargetValues",
     "ValueCache",
+    "calibrate",
     "collect_keys",
     "compute_values",
     "hidden_states",
     "methods",
+    "neuron_scores",
+    "order_facts",
     "overlaps",
     "select_neurons",
     "solve_update",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nse_tools._show import table_html
 from nse_tools.editing.keys import Keys
-from nse_tools.editing.method import Per, Rule
+from nse_tools.editing.method import Per, Rule, Score
 from nse_tools.errors import SettingError
 
 
@@ -26,7 +26,7 @@ class NeuronSelection:
     indices : Tensor
         Selected neurons, ascending, (n_selected,).
     scores : Tensor
-        Score of every neuron, (d_ff,): Σ_j |k_j[i]| over the facts of the pass.
+        Score of every neuron, (d_ff,), summed over the facts of the pass: Σ_j |k_j[i]|, or another of :func:`neuron_scores`.
     neuron_threshold : float
         The share p that was asked for.
     share : float
@@ -92,12 +92,59 @@ class NeuronSelection:
         return table_html(self.to_frame().head(10), head=self)
 
 
-def select_neurons(keys: Keys, neuron_threshold: float = 1.0, per: Per = "batch", rule: Rule = "reach") -> NeuronSelection:
-    """Select the neurons whose scores |k[i]| make up the share p of the total.
+def neuron_scores(keys: Keys, score: Score = "key", *, moments: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    """Score every neuron for every fact.
 
-    Neurons are sorted by Σ_j |k_j[i]|, descending; the set is the smallest whose scores reach p of the sum (NSE, arXiv
-    2410.04045, eq. for 𝓘; ``rule="not_exceed"`` is the released code's: the longest prefix that does not exceed p, of one
-    neuron at least). With p = 1 every neuron is selected, without rounding.
+    Parameters
+    ----------
+    keys : Keys
+        (n_facts, d_ff).
+    score : {"key", "key_by_moment", "key_by_column"}
+        |k[i]| (NSE, arXiv 2410.04045); k[i]² / C[i, i], the square in units of what general text makes of it; or
+        |k[i]| · ‖W[:, i]‖, the length of what the neuron writes into the residual stream.
+    moments : Tensor, optional
+        C^l, (d_ff, d_ff), for ``"key_by_moment"``.
+    weight : Tensor, optional
+        W, (d_model, d_ff), for ``"key_by_column"``.
+
+    Returns
+    -------
+    Tensor
+        (n_facts, d_ff) float64.
+
+    Raises
+    ------
+    SettingError
+        If what the score needs is missing.
+    """
+    each = keys.values.double().abs()
+    if score == "key":
+        return each
+    if score == "key_by_moment":
+        if moments is None:
+            raise SettingError("score='key_by_moment' needs moments=C of the layer.")
+        usual = moments.diagonal().double()
+        return each**2 / usual.clamp(min=1e-12 * float(usual.mean()))  # a neuron that general text never uses: large, not infinite
+    if weight is None:
+        raise SettingError("score='key_by_column' needs weight=W of the layer.")
+    return each * weight.detach().double().norm(dim=0).cpu()
+
+
+def select_neurons(
+    keys: Keys,
+    neuron_threshold: float = 1.0,
+    per: Per = "batch",
+    rule: Rule = "reach",
+    score: Score = "key",
+    *,
+    moments: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> NeuronSelection:
+    """Select the neurons whose scores, |k[i]| by default, make up the share p of the total.
+
+    Neurons are sorted by the scores' sum over the facts, descending; the set is the smallest whose scores reach p of the
+    total (NSE, arXiv 2410.04045, eq. for 𝓘; ``rule="not_exceed"`` is the released code's: the longest prefix that does not
+    exceed p, of one neuron at least). With p = 1 every neuron is selected, without rounding.
 
     Parameters
     ----------
@@ -109,17 +156,19 @@ def select_neurons(keys: Keys, neuron_threshold: float = 1.0, per: Per = "batch"
         One set for all the facts (released code), or one for each (the paper's wording).
     rule : {"reach", "not_exceed"}
         See above.
+    score, moments, weight
+        What is summed: see :func:`neuron_scores`.
 
     Raises
     ------
     SettingError
-        If p is outside (0, 1] or there are no keys.
+        If p is outside (0, 1], there are no keys, or what the score needs is missing.
     """
     if not 0 < neuron_threshold <= 1:
         raise SettingError(f"neuron_threshold={neuron_threshold!r}: expected a share in (0, 1].")
     if not len(keys):
         raise SettingError("select_neurons: there are no keys to select by.")
-    each = keys.values.double().abs()
+    each = neuron_scores(keys, score, moments=moments, weight=weight)
     scores = each.sum(dim=0)
     if per == "batch":
         mask, per_fact = _smallest_set(scores, neuron_threshold, rule), None

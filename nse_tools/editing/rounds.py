@@ -18,7 +18,7 @@ from nse_tools.editing.values import TargetValues
 from nse_tools.errors import SettingError
 from nse_tools.facts import FactList
 
-TAKEN, BELOW, ABOVE = "taken", "below alpha", "at or above upper bound"
+TAKEN, BELOW, ABOVE, ELSEWHERE = "taken", "below alpha", "at or above upper bound", "not in this pass"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class EditPass:
     number : int
         0 for the first.
     fates : tuple of str
-        For each fact of the round ``"taken"``, ``"below alpha"`` or ``"at or above upper bound"``.
+        For each fact of the round ``"taken"``, ``"below alpha"`` or ``"at or above upper bound"``; where facts are edited one by
+        one (ROME), a pass takes one of them and the others are ``"not in this pass"``.
     layers : mapping of int to LayerStep
         Layer → what was done, in the order it was done.
     """
@@ -94,6 +95,10 @@ class EditRound:
         Time spent on values, states, keys, solving and applying.
     digest : str
         Hash of the edited layers' weights after the round.
+    after : tuple of LayerUpdate
+        Changes made when the passes were over: growth held back (PRUNE).
+    first_values : TargetValues, optional
+        The values at the first layer, where that has targets of its own.
     """
 
     number: int
@@ -105,11 +110,13 @@ class EditRound:
     final_keys: Mapping[int, Keys] = field(repr=False)
     seconds: Mapping[str, float] = field(repr=False)
     digest: str
+    after: tuple[LayerUpdate, ...] = field(default=(), repr=False)
+    first_values: TargetValues | None = field(default=None, repr=False)
 
     @property
     def updates(self) -> list[LayerUpdate]:
         """All changes of weights, in the order they were made."""
-        return [step.update for a_pass in self.passes for step in a_pass.layers.values()]
+        return [*(step.update for a_pass in self.passes for step in a_pass.layers.values()), *self.after]
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -168,9 +175,12 @@ class EditRound:
         first = self.passes[0].layers[self.method.layers[0]].residuals if self.passes else self.final_residuals
         n = len(self.facts)
         left_out = f", {len(self.skipped)} facts NOT edited" if self.skipped else ""
+        course = f"mean residual {sum(first) / n:.1f} → {sum(self.final_residuals) / n:.2f}"
+        if self.values.way == "gradient":  # fine-tuning has no targets that it could miss
+            course = f"states moved by {sum(first) / n:.1f} on average"
         return (
-            f"EditRound({self.number}: {n} facts, {len(self.passes)} pass{'es' * (len(self.passes) != 1)}, mean residual "
-            f"{sum(first) / n:.1f} → {sum(self.final_residuals) / n:.2f}, {sum(self.seconds.values()):.1f} s{left_out})"
+            f"EditRound({self.number}: {n} facts, {len(self.passes)} pass{'es' * (len(self.passes) != 1)}, {course}, "
+            f"{sum(self.seconds.values()):.1f} s{left_out})"
         )
 
     def _repr_html_(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,13 @@ from tqdm.auto import tqdm
 from nse_tools import _late
 from nse_tools._show import table_html
 from nse_tools.editing import methods
+from nse_tools.editing.finetune import fine_tune
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.method import Method
+from nse_tools.editing.rome import write_one_by_one
 from nse_tools.editing.rounds import EditRound
 from nse_tools.editing.solvers import PreservedMoments
-from nse_tools.editing.updating import Stopwatch, preserved_moments, write_values
+from nse_tools.editing.updating import Stopwatch, Written, preserved_moments, write_values
 from nse_tools.editing.value_cache import ValueCache
 from nse_tools.editing.values import TargetValues, compute_values
 from nse_tools.errors import FactError, SettingError, StateError
@@ -164,27 +166,11 @@ class EditSession:
         batch = facts if isinstance(facts, FactList) else FactList([facts] if isinstance(facts, Fact) else facts)
         check_batch(batch)
         self._check_untouched()
-        watch, layers = Stopwatch(), self.method.layers
-        contexts, moments = self.contexts, self.moments
-        if self._bases is None or self._bases[0] is not self.method:
-            self._bases = self.method, preserved_moments(self.method, moments)
+        if values is not None and (values.fact_ids != tuple(batch.ids) or values.layer != self.method.last_layer):
+            raise FactError(f"The given values are of other facts or of layer {values.layer}, not {self.method.last_layer}.")
+        watch = Stopwatch()
         with self._all_or_nothing():
-            with watch.time("values"):
-                values = values or compute_values(self.model, batch, contexts, self.method, progress=self.progress, cache=self.value_cache)
-            if values.fact_ids != tuple(batch.ids) or values.layer != self.method.last_layer:
-                raise FactError(f"The given values are of other facts or of layer {values.layer}, not {self.method.last_layer}.")
-            written = write_values(
-                self.model,
-                self.method,
-                batch,
-                values,
-                contexts,
-                moments,
-                self.history,
-                bases=self._bases[1],
-                watch=watch,
-                progress=self.progress,
-            )
+            values, written = self._write(batch, values, watch)
             done = EditRound(
                 number=len(self) + 1,
                 facts=batch,
@@ -194,7 +180,9 @@ class EditSession:
                 final_residuals=written.final_residuals,
                 final_keys=written.final_keys,
                 seconds=dict(watch.seconds),
-                digest=digest_of(self.model, layers),
+                digest=digest_of(self.model, self.method.layers),
+                after=written.after,
+                first_values=written.first_values,
             )
             self._rounds = [*self._rounds, done]  # from here on the round is there
         if done.skipped:
@@ -204,10 +192,17 @@ class EditSession:
             )
         return done
 
-    def edit_all(self, facts: FactList, rounds_of: int) -> list[EditRound]:
-        """Edit facts round after round; a progress bar counts the rounds."""
-        plan = facts.rounds(of=rounds_of)
-        return [self.edit(batch) for batch in tqdm(plan, desc="rounds", unit="round", disable=not self.progress)]
+    def edit_all(self, facts: FactList, rounds_of: int, watch: Callable[[EditSession], object] | None = None) -> list[EditRound]:
+        """Edit facts round after round; a progress bar counts the rounds.
+
+        ``watch`` is called with the session after each round: :class:`nse_tools.CollapseDetector` warns there, or stops.
+        """
+        done = []
+        for batch in tqdm(facts.rounds(of=rounds_of), desc="rounds", unit="round", disable=not self.progress):
+            done.append(self.edit(batch))
+            if watch is not None:
+                watch(self)
+        return done
 
     def undo(self) -> EditRound:
         """Take the last round back, bit for bit; return it.
@@ -287,6 +282,26 @@ class EditSession:
         """Return the forgetting matrix M[t, s] (:func:`nse_tools.evaluation.forgetting_matrix`)."""
         return _late.call("evaluation", "forgetting_matrix", self, **options)
 
+    def retention(self, **options: Any) -> Any:
+        """Return what first and last round have kept at the end (:func:`nse_tools.evaluation.session_retention`)."""
+        return _late.call("evaluation", "session_retention", self, **options)
+
+    def drift(self, **options: Any) -> Any:
+        """Return how far neutral text and weights have moved after each round (:func:`nse_tools.evaluation.session_drift`)."""
+        return _late.call("evaluation", "session_drift", self, **options)
+
+    def fluency(self, round: int | None = None, **options: Any) -> Any:
+        """Return the fluency of what the model writes after a round (:func:`nse_tools.evaluation.session_fluency`)."""
+        return _late.call("evaluation", "session_fluency", self, round=round, **options)
+
+    def consistency(self, references: Any, round: int | None = None, **options: Any) -> Any:
+        """Return its likeness to reference texts of the new targets (:func:`nse_tools.evaluation.session_consistency`)."""
+        return _late.call("evaluation", "session_consistency", self, references, round=round, **options)
+
+    def ability(self, tasks: str | Sequence[str] | None = None, **options: Any) -> Any:
+        """Return how the model does at lm-eval's or our own tasks after some rounds (:func:`nse_tools.evaluation.session_ability`)."""
+        return _late.call("evaluation", "session_ability", self, tasks, **options)
+
     def changed_parameters(self) -> pd.DataFrame:
         """Return one row an edited weight: name, shape, ‖ΔW‖, ‖ΔW‖/‖W₀‖, largest change of an entry."""
         rows = []
@@ -334,6 +349,29 @@ class EditSession:
 
     def _repr_html_(self) -> str:
         return table_html(self.to_frame(), head=self)
+
+    def _write(self, facts: FactList, values: TargetValues | None, watch: Stopwatch) -> tuple[TargetValues, Written]:
+        """Change the weights as the method's solver does; return the values and what was done."""
+        model, method = self.model, self.method
+        shown: dict[str, Any] = {"watch": watch, "progress": self.progress}
+        if method.solver == "gradient":
+            if values is not None:
+                raise SettingError("Fine-tuning (solver 'gradient') seeks no values and can be given none.")
+            return fine_tune(model, method, facts, self.contexts, **shown)
+        if self._bases is None or self._bases[0] is not method:
+            self._bases = method, preserved_moments(method, self.moments)
+        inputs = (self.contexts, self.moments, self.history)
+        if method.solver == "rank_one":
+            return write_one_by_one(model, method, facts, values, *inputs, bases=self._bases[1], cache=self.value_cache, **shown)
+        if values is None:
+            with watch.time("values"):
+                values = compute_values(model, facts, self.contexts, method, progress=self.progress, cache=self.value_cache)
+        first = None
+        if method.spread == "ends":
+            with watch.time("values"):
+                at_first = method.with_(layers=method.layers[:1])
+                first = compute_values(model, facts, self.contexts, at_first, progress=self.progress, cache=self.value_cache)
+        return values, write_values(model, method, facts, values, *inputs, first_values=first, bases=self._bases[1], **shown)
 
     # ---- guards ------------------------------------------------------------------------------------------------------
     @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -17,6 +18,9 @@ from nse_tools.editing.neurons import NeuronSelection
 from nse_tools.errors import EditError
 from nse_tools.models import EditableModel
 
+if TYPE_CHECKING:
+    from nse_tools.editing.null_space import NullSpace
+
 LOW_RANK = 12
 """Old keys enter by a low-rank update as long as this many times their number is below d_ff."""
 
@@ -24,7 +28,7 @@ _MAX_SHARED_CONDITION = 1e10
 
 
 class PreservedMoments:
-    """B = λ·C + H, the second moments of all that an update must leave alone, and its Cholesky factors.
+    """B = λ·C + H (+ ridge·I), the second moments of all that an update must leave alone, and its Cholesky factors.
 
     Parameters
     ----------
@@ -36,11 +40,24 @@ class PreservedMoments:
         λ.
     history : Tensor, optional
         H^l = Σ k kᵀ over the facts of earlier rounds, (d_ff, d_ff) float64; none by default.
+    ridge : float
+        This times the identity is added.
+    space : NullSpace, optional
+        C's null space, kept with it for multipliers of ΔW.
     """
 
-    def __init__(self, layer: int, moments: Tensor, weight: float, history: Tensor | None = None) -> None:
-        self.layer, self.d_ff = layer, len(moments)
-        self._moments, self._weight, self._history = moments, weight, history
+    def __init__(
+        self,
+        layer: int,
+        moments: Tensor,
+        weight: float,
+        history: Tensor | None = None,
+        *,
+        ridge: float = 0.0,
+        space: NullSpace | None = None,
+    ) -> None:
+        self.layer, self.d_ff, self.moments, self.space = layer, len(moments), moments, space
+        self._weight, self._history, self._ridge = weight, history, ridge
         self._factors: dict[bytes, tuple[Tensor, float]] = {}
 
     def with_history(self, history: KeyHistory) -> PreservedMoments:
@@ -68,7 +85,7 @@ class PreservedMoments:
             If B is singular on these neurons.
         """
         lower, condition = self.factor(indices)
-        return _solve(lower, keys), condition
+        return solve_factored(lower, keys), condition
 
     def factor(self, indices: Tensor) -> tuple[Tensor, float]:
         """Return the lower Cholesky factor of B on some neurons, and B's condition number there (an estimate).
@@ -86,7 +103,7 @@ class PreservedMoments:
                     f"Layer {self.layer}: λC + H is singular on the {len(indices)} selected neurons (condition number infinite, "
                     f"pivot {int(info)}). Use key statistics of more tokens than neurons, or a smaller neuron_threshold."
                 )
-            condition = _condition(lambda v: lower @ (lower.mT @ v), lambda v: _solve(lower, v), len(lower))
+            condition = _condition(lambda v: lower @ (lower.mT @ v), lambda v: solve_factored(lower, v), len(lower))
             # neighbouring passes mostly select the same neurons; older factors are not asked for again
             self._factors = {key: (lower, condition)}
         return self._factors[key]
@@ -95,7 +112,9 @@ class PreservedMoments:
         def on(matrix: Tensor) -> Tensor:
             return matrix if len(indices) == self.d_ff else matrix[indices][:, indices]
 
-        block = on(self._moments).double() * self._weight
+        block = on(self.moments).double() * self._weight
+        if self._ridge:
+            block.diagonal().add_(self._ridge)
         return block if self._history is None else block + on(self._history)
 
 
@@ -103,7 +122,7 @@ class _WithOldKeys(PreservedMoments):
     """λC + H, H = U Uᵀ of few old keys: by (λC + U Uᵀ)⁻¹K = X − Y (1 + UᵀY)⁻¹ UᵀX with X = (λC)⁻¹K, Y = (λC)⁻¹U."""
 
     def __init__(self, base: PreservedMoments, history: KeyHistory) -> None:
-        super().__init__(base.layer, base._moments, base._weight)
+        super().__init__(base.layer, base.moments, base._weight, ridge=base._ridge, space=base.space)
         self._base = base
         self._keys = history
         self._solved: tuple[Tensor, Tensor, float] | None = None
@@ -133,7 +152,7 @@ class _WithOldKeys(PreservedMoments):
         """Return U, (λC)⁻¹U and the condition number of λC + U Uᵀ; the passes of a round share them."""
         if self._solved is None:
             old = self._keys.stacked(self.layer).double().T
-            solved = _solve(lower, old)
+            solved = solve_factored(lower, old)
             condition = _condition(
                 lambda v: lower @ (lower.mT @ v) + old @ (old.mT @ v), lambda v: _low_rank(lower, old, solved, v), len(lower)
             )
@@ -143,7 +162,7 @@ class _WithOldKeys(PreservedMoments):
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """ΔW of one layer as factors: ΔW[:, I] = left @ right, everywhere else 0.
+    """ΔW of one layer as factors: ΔW[:, I] = left @ right, of which all entries or only some are kept; everywhere else 0.
 
     Parameters
     ----------
@@ -163,6 +182,8 @@ class LayerUpdate:
         ‖r_j‖ of this layer's share before, and what the solve leaves of it, one for each fact.
     fact_ids : tuple of str
         The facts, in the order of the rows of ``right``.
+    kept : Tensor, optional
+        Which entries of left @ right are kept, (d_model, n_selected) bool; all by default.
     """
 
     layer: int
@@ -174,10 +195,29 @@ class LayerUpdate:
     residual_before: tuple[float, ...] = field(repr=False)
     residual_after: tuple[float, ...] = field(repr=False)
     fact_ids: tuple[str, ...] = field(repr=False)
+    kept: Tensor | None = field(default=None, repr=False)
 
     def delta(self) -> Tensor:
         """Return ΔW[:, I], (d_model, n_selected) float64."""
-        return self.left.double() @ self.right.double()
+        product = self.left.double() @ self.right.double()
+        return product if self.kept is None else product * self.kept
+
+    def changed(self, keys: Keys, *, right: Tensor | None = None, kept: Tensor | None = None) -> LayerUpdate:
+        """Return the update with another right factor, or some entries only; its norm and what it leaves are counted anew.
+
+        Parameters
+        ----------
+        keys : Keys
+            K, the keys the update was solved for.
+        right : Tensor, optional
+            (n_facts, n_selected).
+        kept : Tensor, optional
+            (d_model, n_selected) bool.
+        """
+        new = replace(self, right=self.right if right is None else right.float(), kept=self.kept if kept is None else kept)
+        delta = new.delta()
+        left_over = self.left.double() - delta @ keys.values.double()[:, self.indices].T
+        return replace(new, norm=float(delta.norm()), residual_after=tuple(left_over.norm(dim=0).tolist()))
 
     @torch.no_grad()
     def apply(self, model: EditableModel) -> None:
@@ -275,7 +315,7 @@ def solve_update(
     )
 
 
-def _solve(lower: Tensor, right: Tensor) -> Tensor:
+def solve_factored(lower: Tensor, right: Tensor) -> Tensor:
     """Return (L Lᵀ)⁻¹ times some columns; on CPUs several times faster than ``torch.cholesky_solve``."""
     half = torch.linalg.solve_triangular(lower, right, upper=False)
     return torch.linalg.solve_triangular(lower.mT, half, upper=True)
@@ -283,7 +323,7 @@ def _solve(lower: Tensor, right: Tensor) -> Tensor:
 
 def _low_rank(lower: Tensor, old: Tensor, solved: Tensor, right: Tensor) -> Tensor:
     """Return (L Lᵀ + U Uᵀ)⁻¹ times some columns, with ``solved`` = (L Lᵀ)⁻¹U."""
-    found = _solve(lower, right)
+    found = solve_factored(lower, right)
     inner = torch.eye(old.shape[1], dtype=old.dtype) + old.mT @ solved
     return found - solved @ torch.linalg.solve(inner, old.mT @ found)
 

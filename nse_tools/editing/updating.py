@@ -15,9 +15,12 @@ from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.keys import FactStates, Keys
 from nse_tools.editing.method import Method
 from nse_tools.editing.neurons import select_neurons
+from nse_tools.editing.null_space import NullSpace, ProjectedMoments
+from nse_tools.editing.restraints import compress_growth, restrain
 from nse_tools.editing.rounds import ABOVE, BELOW, TAKEN, EditPass, LayerStep
-from nse_tools.editing.solvers import PreservedMoments, solve_update
+from nse_tools.editing.solvers import LayerUpdate, PreservedMoments, solve_update
 from nse_tools.editing.values import TargetValues
+from nse_tools.errors import SettingError
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
 from nse_tools.tracing.contexts import Contexts
@@ -42,11 +45,13 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Written:
-    """What :func:`write_values` did."""
+    """What :func:`write_values` did: the passes, what they leave, the updates made after the last of them, and with what."""
 
     passes: tuple[EditPass, ...]
     final_residuals: tuple[float, ...]
     final_keys: dict[int, Keys]
+    after: tuple[LayerUpdate, ...] = ()
+    first_values: TargetValues | None = None
 
 
 def write_values(
@@ -58,6 +63,7 @@ def write_values(
     moments: SecondMoments,
     history: KeyHistory,
     *,
+    first_values: TargetValues | None = None,
     bases: Mapping[int, PreservedMoments] | None = None,
     watch: Stopwatch | None = None,
     progress: bool = False,
@@ -83,6 +89,8 @@ def write_values(
         C of every edited layer.
     history : KeyHistory
         Keys of earlier rounds; not changed here.
+    first_values : TargetValues, optional
+        The facts' values at the first layer, where the method edits the first and the last layer with a target each.
     bases : mapping of int to PreservedMoments, optional
         λC of every edited layer (:func:`preserved_moments`), whose factors a sequence of rounds can share.
     watch : Stopwatch, optional
@@ -94,9 +102,17 @@ def write_values(
     -------
     Written
         The passes, the residuals left, and the keys after the last update.
+
+    Raises
+    ------
+    SettingError
+        If the values of the first layer are needed and missing, or of other facts.
+    EditError
+        If an update cannot be solved for; names the layer.
     """
     watch = watch or Stopwatch()
-    layers, last = method.layers, method.last_layer
+    layers, last = method.edited_layers, method.last_layer
+    targets = _targets(method, values, first_values)
     model.originals.keep(layers)
     with watch.time("states"):
         states = FactStates.record(model, facts, contexts, layers[0], last)
@@ -110,24 +126,65 @@ def write_values(
             fates = _fates(residuals.norm(dim=1), method.alpha * unit, method.upper_bound * unit)
             if TAKEN not in fates:
                 break
-            steps = _one_pass(model, method, values.z, states, preserved, fates, watch, bar)
+            steps = _one_pass(model, method, targets, states, preserved, fates, watch, bar)
             passes.append(EditPass(number, fates, steps))
             with watch.time("states"):
                 residuals = values.z - states.hidden(last)
+    after = compress_weights(model, method, watch) if method.compress and passes else ()
+    if after:
+        with watch.time("states"):
+            residuals = values.z - states.hidden(last)
     with watch.time("keys"):
         keys = states.keys(layers)
-    return Written(tuple(passes), tuple(residuals.norm(dim=1).tolist()), keys)
+    return Written(tuple(passes), tuple(residuals.norm(dim=1).tolist()), keys, after, first_values)
 
 
 def preserved_moments(method: Method, moments: SecondMoments) -> dict[int, PreservedMoments]:
-    """Return λC of every layer a method edits."""
-    return {layer: PreservedMoments(layer, moments[layer], method.mom2_update_weight) for layer in method.layers}
+    """Return what the method's solver divides by, before any old keys, for every layer it edits: λC, or the null space of C."""
+    return {layer: _preserved(method, layer, moments[layer]) for layer in method.edited_layers}
+
+
+def _preserved(method: Method, layer: int, moments: Tensor) -> PreservedMoments:
+    projected = method.solver == "null_space"
+    space = None
+    if projected or method.multiplier == "null_space":
+        space = NullSpace(layer, moments, method.nullspace_threshold, method.nullspace_unit)
+    if projected and space is not None:
+        return ProjectedMoments(space, moments, method.ridge)
+    return PreservedMoments(layer, moments, method.mom2_update_weight, ridge=method.ridge, space=space)
+
+
+def compress_weights(model: EditableModel, method: Method, watch: Stopwatch) -> tuple[LayerUpdate, ...]:
+    """Hold back the growth of every edited weight (:func:`nse_tools.editing.restraints.compress_growth`); return the changes made."""
+    done = []
+    for layer in method.edited_layers:
+        with watch.time("solve"):
+            update = compress_growth(layer, model.weight(layer), model.originals[layer], method.compress_base)
+        if update is not None:
+            with watch.time("apply"):
+                update.apply(model)
+            done.append(update)
+    return tuple(done)
+
+
+def _targets(method: Method, values: TargetValues, first_values: TargetValues | None) -> dict[int, tuple[int, Tensor]]:
+    """Return for each edited layer at which layer its residual is read, and the target there."""
+    targets = dict.fromkeys(method.edited_layers, (method.last_layer, values.z))
+    first = method.layers[0]
+    if method.spread == "ends" and len(targets) > 1:
+        if first_values is None or first_values.layer != first or first_values.fact_ids != values.fact_ids:
+            raise SettingError(
+                f"spread='ends' needs first_values, the same facts' values at layer {first}: "
+                f"compute_values(…, method.with_(layers=({first},), spread='even'))."
+            )
+        targets[first] = (first, first_values.z)
+    return targets
 
 
 def _one_pass(
     model: EditableModel,
     method: Method,
-    z: Tensor,
+    targets: Mapping[int, tuple[int, Tensor]],
     states: FactStates,
     preserved: dict[int, PreservedMoments],
     fates: tuple[str, ...],
@@ -136,23 +193,35 @@ def _one_pass(
 ) -> dict[int, LayerStep]:
     rows = [i for i, fate in enumerate(fates) if fate == TAKEN]
     steps: dict[int, LayerStep] = {}
-    for place, layer in enumerate(method.layers):
+    last, z = targets[method.last_layer]
+    for place, (layer, (at, target)) in enumerate(targets.items()):
         with watch.time("states"):
             # the layers below this one do not change any more in this pass: move the stored states up to it
             states = states.enter(layer)
-            residuals = z - states.hidden(method.last_layer)
+            residuals = z - states.hidden(last)
+            own = residuals if at == last else target - states.hidden(at)
         with watch.time("keys"):
             keys = states.keys([layer])[layer].take(rows)
         with watch.time("solve"):
-            selection = select_neurons(keys, method.neuron_threshold, method.per, method.selection_rule)
+            weight = model.weight(layer)
+            selection = select_neurons(
+                keys,
+                method.neuron_threshold,
+                method.per,
+                method.selection_rule,
+                method.neuron_score,
+                moments=preserved[layer].moments,
+                weight=weight,
+            )
             update = solve_update(
                 keys,
-                residuals[rows],
+                own[rows],
                 preserved[layer],
                 selection,
-                layers_left=len(method.layers) - place,
+                layers_left=1 if method.spread == "ends" else len(targets) - place,
                 max_condition=method.max_condition,
             )
+            update = restrain(update, keys, method, weight, preserved[layer].space)
         with watch.time("apply"):
             update.apply(model)
         steps[layer] = LayerStep(layer, selection, update, tuple(residuals.norm(dim=1).tolist()))

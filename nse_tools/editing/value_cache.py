@@ -35,7 +35,7 @@ from nse_tools.tracing.contexts import Contexts
 _log = logging.getLogger(__name__)
 _FORMAT = 1
 _ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
-_STOPS, _WAYS = ("loss", "steps"), ("suffix", "whole")
+_STOPS, _WAYS = ("loss", "argmax", "steps"), ("suffix", "whole")
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)
 
 

@@ -100,8 +100,10 @@ class _Batch:
             for i, token in enumerate(row.targets):
                 yield number, row.prompt.target_start - 1 + i - starts[number], token, 1 / len(row.targets)
 
-    def terms(self, delta: Tensor, kl_factor: float, backward: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def terms(self, delta: Tensor, kl_factor: float, backward: bool, count_missed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return each fact's share of the NLL and KL terms and of p(target) from this batch's rows, each (n_facts,).
+
+        The last is the number of target tokens that are not the argmax, if ``count_missed``; else 0.
 
         With ``backward``, the gradient of NLL + kl_factor·KL is added to ``delta.grad``. Its part up to the logits is written
         down, which spares several passes over (predictions, vocabulary): ∂(−log p_t)/∂logits = p − 1_t, and
@@ -117,6 +119,9 @@ class _Batch:
             if self.reference is None:
                 self.reference = logp[n:].clone()
             picked = logp[:n].gather(1, self.token[:, None])[:, 0]
+            missed = torch.zeros(len(delta), device=logp.device)
+            if count_missed:
+                missed.index_add_(0, self.row_fact[self.row], (logp[:n].argmax(-1) != self.token).float())
             apart = logp[n:] - self.reference
             p = logp.exp_()
             kl = (p[n:] * apart).sum(-1)
@@ -125,7 +130,7 @@ class _Batch:
             p[:n].mul_(weight).scatter_add_(1, self.token[:, None], -weight)
             p[n:].mul_((apart - kl[:, None]) * kl_factor)
             logits.backward(p.to(logits.dtype))
-        return self._by_fact(len(delta), picked, kl)
+        return *self._by_fact(len(delta), picked, kl), missed
 
     def _by_fact(self, n_facts: int, picked: Tensor, kl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         zero = torch.zeros(n_facts, device=picked.device)
@@ -181,6 +186,7 @@ class ValueSearch:
         self.limit = method.clamp_norm_factor * self.h0.norm(dim=1, keepdim=True)
         self.steps: list[pd.DataFrame] = []
         self.stop = [""] * len(self.fact_ids)
+        self.reached = [0] * len(self.fact_ids)  # evaluations in a row with every target token the argmax in every context
 
     def run(self) -> Found:
         """Search until every fact has stopped."""
@@ -193,10 +199,10 @@ class ValueSearch:
             adam.zero_grad()
             loss = self._evaluate(delta, step, alive, backward=not last)
             # written so that a NaN would stay, and be reported
-            done = {i for i in alive if last or loss[i] < self.method.v_loss_threshold}
+            done = {i for i in alive if last or loss[i] < self.method.v_loss_threshold or self._said(i)}
             for i in done:
                 found[i] = delta.detach()[i]
-                self.stop[i] = "loss" if loss[i] < self.method.v_loss_threshold else "steps"
+                self.stop[i] = "loss" if loss[i] < self.method.v_loss_threshold else "argmax" if self._said(i) else "steps"
             # a fact that is done has no steps left
             self.bar.update(len(alive) + len(done) * (self.method.v_num_grad_steps - 1 - step))
             alive -= done
@@ -207,13 +213,18 @@ class ValueSearch:
             self.batches = [kept for b in self.batches if (kept := b.without(done)) is not None]
         return Found(found.cpu(), self.h0.cpu(), pd.concat(self.steps, ignore_index=True), tuple(self.stop), self.whole)
 
+    def _said(self, fact: int) -> bool:
+        return 0 < self.method.v_stop_at_argmax <= self.reached[fact]
+
     def _evaluate(self, delta: Tensor, step: int, alive: set[int], backward: bool) -> list[float]:
         """Return every fact's loss; leave its gradient in ``delta.grad``."""
         method = self.method
-        nll, kl, probability = (torch.zeros(len(delta), device=delta.device) for _ in range(3))
+        nll, kl, probability, missed = (torch.zeros(len(delta), device=delta.device) for _ in range(4))
         for batch in self.batches:
-            for total, term in zip((nll, kl, probability), batch.terms(delta, method.kl_factor, backward), strict=True):
+            terms = batch.terms(delta, method.kl_factor, backward, count_missed=method.v_stop_at_argmax > 0)
+            for total, term in zip((nll, kl, probability, missed), terms, strict=True):
                 total += term
+        self.reached = [0 if n else before + 1 for n, before in zip(missed.tolist(), self.reached, strict=True)]
         with torch.set_grad_enabled(backward):
             decay = method.v_weight_decay * _norm(delta) / self.h0.norm(dim=1) ** 2
             if backward:

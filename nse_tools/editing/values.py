@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from nse_tools import _late
 from nse_tools._show import table_html
+from nse_tools.editing.keys import FactStates
 from nse_tools.editing.method import Method
 from nse_tools.editing.value_cache import FoundValue, ValueCache, identify
 from nse_tools.editing.value_search import SearchRow, ValueSearch, search_rows
@@ -39,10 +40,10 @@ class TargetValues:
         One row a fact and step: ``nll``, ``kl``, ``decay``, ``loss``, ``probability`` of the target (geometric mean over
         its tokens, mean over contexts), ``norm`` of δ.
     stop : tuple of str
-        Why each search ended: ``"loss"`` below the threshold, or all ``"steps"`` used.
+        Why each search ended: ``"loss"`` below the threshold, the target the ``"argmax"`` for long enough, or all ``"steps"`` used.
     way : str
         ``"suffix"``: only the tokens from the subject on were replayed; ``"whole"``: whole prompts; ``"mixed"``: some facts
-        one way (taken from a cache), some the other.
+        one way (taken from a cache), some the other; ``"gradient"``: nothing was sought, z are the states that fine-tuning reached.
     led : tuple of bool
         Whether a neutral lead was put before a fact's prompt, because its subject would have been the first token.
     cached : tuple of bool
@@ -63,6 +64,12 @@ class TargetValues:
     def __post_init__(self) -> None:
         if not self.cached:
             object.__setattr__(self, "cached", (False,) * len(self.fact_ids))
+
+    @classmethod
+    def join(cls, parts: Sequence[TargetValues]) -> TargetValues:
+        """Put the values of several batches of facts together, in their order."""
+        found = [value for part in parts for value in _split(part)]
+        return _together([i for p in parts for i in p.fact_ids], parts[0].layer, found, tuple(c for p in parts for c in p.cached))
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a fact: norms, first and last loss and probability, steps, stop reason, whether it was cached."""
@@ -123,7 +130,8 @@ def compute_values(
         + v_weight_decay · ‖δ‖ / ‖h₀‖²
 
     with δ added to the output of layer L at the subject's last token and kept in the ball ‖δ‖ ≤ clamp_norm_factor·‖h₀‖
-    (ROME, arXiv 2202.05262; MEMIT, arXiv 2210.07229). Facts do not influence each other.
+    (ROME, arXiv 2202.05262; MEMIT, arXiv 2210.07229). Facts do not influence each other. With ``method.norm_anchor`` what was
+    found is rescaled (:func:`anchor_norms`).
 
     Parameters
     ----------
@@ -134,7 +142,7 @@ def compute_values(
     contexts : Contexts
         The contexts the target is sought in.
     method : Method
-        The settings ``layers`` (its last), ``v_*``, ``clamp_norm_factor``, ``kl_factor``, ``values_under``.
+        The settings ``layers`` (its last), ``v_*``, ``clamp_norm_factor``, ``kl_factor``, ``values_under``, ``norm_anchor``.
     progress : bool
         Show a progress bar.
     whole : bool
@@ -158,6 +166,49 @@ def compute_values(
     if not len(facts):
         raise FactError("compute_values: there are no facts.")
     model.check_layers([method.last_layer])
+    values = _values(model, facts, contexts, method, whole, progress, cache)
+    return anchor_norms(model, facts, contexts, values) if method.norm_anchor else values
+
+
+def anchor_norms(model: EditableModel, facts: Sequence[Fact], contexts: Contexts, values: TargetValues) -> TargetValues:
+    """Rescale each z to the length that the fact's state has in the unedited model, after Norm-Anchor Scaling (arXiv 2602.02543).
+
+        z ← s · z / ‖z‖,   s = mean over contexts of ‖h^L‖ at the subject's last token, under W₀;   δ = z − h₀
+
+    Only the direction of what the search found is kept, so that states cannot grow from round to round. (The paper takes one
+    s for all facts, the mean over a data set; here each fact has its own, so that facts do not influence each other.) The trace
+    stays that of the search.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model; it runs under its original weights.
+    facts : sequence of Fact
+        The facts, in the values' order.
+    contexts : Contexts
+        The contexts of the mean.
+    values : TargetValues
+        What the search found.
+    """
+    with model.original_weights(), model.running():
+        states = FactStates.record(model, facts, contexts, values.layer, values.layer)
+        norms = states.bare.hidden(values.layer).float().cpu().norm(dim=1)[:, None]
+        if states.prefixed is not None:
+            others = states.prefixed.hidden(values.layer).float().cpu().norm(dim=1).reshape(len(facts), -1)
+            norms = torch.cat([norms, others], dim=1)
+    z = values.z * (norms.mean(dim=1) / values.z.norm(dim=1))[:, None]
+    return replace(values, z=z, delta=z - values.h0)
+
+
+def _values(
+    model: EditableModel,
+    facts: Sequence[Fact],
+    contexts: Contexts,
+    method: Method,
+    whole: bool,
+    progress: bool,
+    cache: ValueCache | None,
+) -> TargetValues:
     rows = search_rows(model, facts, contexts)
     under = model.original_weights() if method.values_under == "original" else nullcontext()
     with under, model.running():

@@ -157,7 +157,7 @@ def session_scores(session: EditSession, round: int | None = None, *, with_perpl
         if t:
             row["efficacy_fresh"] = scores.of(session.facts[t - 1].ids).summary().get("efficacy", np.nan)
         if with_perplexity:
-            row["perplexity"] = _perplexity(session, t)
+            row["perplexity"] = round_perplexity(session, t)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -184,14 +184,20 @@ def forgetting_matrix(session: EditSession, measure: str = "efficacy") -> Forget
         for s, batch in enumerate(session.facts[:t], start=1):
             parts.append(pd.DataFrame({"after_round": t, "edited_in_round": s, "fact": batch.ids, "value": own.loc[batch.ids].to_numpy()}))
     columns = ["after_round", "edited_in_round", "fact", "value"]
-    per_fact = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    return matrix_of(pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns), measure)
+
+
+def matrix_of(per_fact: pd.DataFrame, measure: str) -> ForgettingMatrix:
+    """Return the matrix of a table with one row a round t and fact (:attr:`ForgettingMatrix.per_fact`); every round is in it."""
+    n = int(per_fact.after_round.max()) if len(per_fact) else 0
     values = np.full((n, n), np.nan)
     for cell in per_fact.groupby(["after_round", "edited_in_round"], as_index=False).value.mean().itertuples():
         values[int(cell.after_round) - 1, int(cell.edited_in_round) - 1] = cell.value
     return ForgettingMatrix(values, measure, per_fact)
 
 
-def _perplexity(session: EditSession, round: int) -> float:
+def round_perplexity(session: EditSession, round: int) -> float:
+    """Return the perplexity on the shipped passages as of a round (0: unedited), remembered with the session."""
     key = (round, "perplexity")
     if key not in session.memo:
         with session.at(round):

@@ -17,8 +17,14 @@ from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
 from nse_tools.tracing.prompts import lead_of
 
-REWRITE, PARAPHRASE, NEIGHBORHOOD, LOCALITY = "rewrite", "paraphrase", "neighborhood", "locality"
-MEASURES = {REWRITE: "efficacy", PARAPHRASE: "generalization", NEIGHBORHOOD: "specificity", LOCALITY: "locality"}
+REWRITE, PARAPHRASE, NEIGHBORHOOD, LOCALITY, PORTABILITY = "rewrite", "paraphrase", "neighborhood", "locality", "portability"
+MEASURES = {
+    REWRITE: "efficacy",
+    PARAPHRASE: "generalization",
+    NEIGHBORHOOD: "specificity",
+    LOCALITY: "locality",
+    PORTABILITY: "portability",
+}
 """Kind of prompt → the measure taken on it."""
 
 
@@ -31,8 +37,8 @@ class FactScores:
     prompts : DataFrame
         One row a prompt: ``fact``, ``kind``, ``prompt``, ``nll_new``, ``nll_true`` (mean negative log-likelihoods, nats),
         ``hits_new``, ``hits_true`` (share of target tokens that are the argmax), ``argmax`` (likeliest first token), and from
-        these ``success``, ``accuracy``, ``magnitude`` in the sense of the prompt's kind, and ``agreement`` with the
-        unedited model's argmax where that is known.
+        these ``success``, ``accuracy``, ``token_accuracy``, ``magnitude`` in the sense of the prompt's kind, and ``agreement``
+        with the unedited model's argmax where that is known.
     """
 
     prompts: pd.DataFrame = field(repr=False)
@@ -44,10 +50,14 @@ class FactScores:
     def summary(self) -> pd.Series:
         """Return the measures over all facts (each fact weighs the same), in percent, with ``score``.
 
-        Score is the harmonic mean of efficacy, generalization and specificity (success variants).
+        Score is the harmonic mean of efficacy, generalization and specificity (success variants); ``score_token_accuracy``,
+        where there are locality questions, that of zsRE's three measures.
         """
         means = self.per_fact().mean(numeric_only=True) * 100
-        return pd.concat([pd.Series({"score": harmonic_mean([means.get(m, np.nan) for m in _SCORED])}), means])
+        scores = {"score": harmonic_mean([means.get(m, np.nan) for m in _SCORED])}
+        if _ZSRE[-1] in means:
+            scores["score_token_accuracy"] = harmonic_mean([means.get(m, np.nan) for m in _ZSRE])
+        return pd.concat([pd.Series(scores), means])
 
     def of(self, fact_ids: Sequence[str]) -> FactScores:
         """Return the scores of some of the facts."""
@@ -59,7 +69,8 @@ class FactScores:
 
     def __repr__(self) -> str:
         s = self.summary()
-        shown = ", ".join(f"{name} {s[name]:.1f}" for name in ("score", *_SCORED) if name in s)
+        names = ("score_token_accuracy", *_ZSRE) if np.isnan(s["score"]) and _ZSRE[-1] in s else ("score", *_SCORED)
+        shown = ", ".join(f"{name} {s[name]:.1f}" for name in names if name in s)
         return f"FactScores({self.prompts.fact.nunique()} facts, {len(self.prompts)} prompts: {shown})"
 
     def _repr_html_(self) -> str:
@@ -67,6 +78,7 @@ class FactScores:
 
 
 _SCORED = ("efficacy", "generalization", "specificity")
+_ZSRE = ("efficacy_token_accuracy", "generalization_token_accuracy", "locality_token_accuracy")
 
 
 def score_facts(
@@ -82,8 +94,8 @@ def score_facts(
 
     With mean negative log-likelihoods over target tokens, as ROME, MEMIT and NSE compute them: *success* on rewrite and
     paraphrase prompts is p(new) > p(true), on neighbourhood prompts p(true) > p(new); *accuracy* asks that every token of
-    the wanted target is the argmax; *magnitude* is the difference of the two probabilities. A fact without true target has
-    accuracies only; locality questions (zsRE) count the share of right tokens.
+    the wanted target is the argmax; *token accuracy*, zsRE's measure, is the share that are; *magnitude* is the difference of
+    the two probabilities. A fact without true target has accuracies only, and so have questions (locality, portability).
 
     Parameters
     ----------
@@ -94,7 +106,7 @@ def score_facts(
     before : FactScores, optional
         The same facts' scores on the unedited model, for ``agreement``.
     kinds : sequence of str
-        Kinds of prompts to test: ``"rewrite"``, ``"paraphrase"``, ``"neighborhood"``, ``"locality"``.
+        Kinds of prompts to test: ``"rewrite"``, ``"paraphrase"``, ``"neighborhood"``, ``"locality"``, ``"portability"``.
     states : PromptStates, optional
         Remembers the prompts up to the first edited layer for the next time the same facts are scored.
     progress : bool
@@ -140,7 +152,8 @@ def _prompts(model: EditableModel, fact: Fact) -> list[tuple[str, str, str, str 
     ]
     if true is not None:
         rows += [(fact.id, NEIGHBORHOOD, text, new, true) for text in fact.neighborhood]
-    return rows + [(fact.id, LOCALITY, q.prompt, None, q.answer) for q in fact.locality]
+    questions = ((LOCALITY, fact.locality), (PORTABILITY, fact.portability))
+    return rows + [(fact.id, kind, q.prompt, None, q.answer) for kind, asked in questions for q in asked]
 
 
 def _row(fact: str, kind: str, prompt: str, new: Continuation | None, true: Continuation | None) -> dict[str, Any]:
@@ -157,7 +170,8 @@ def _row(fact: str, kind: str, prompt: str, new: Continuation | None, true: Cont
         "hits_true": true.hits if true else np.nan,
         "argmax": wanted.argmax,
         "success": float(wanted.nll < other.nll) if both and other else np.nan,
-        "accuracy": wanted.hits if kind == LOCALITY else float(wanted.correct),
+        "accuracy": float(wanted.correct),
+        "token_accuracy": wanted.hits,
         "magnitude": float(np.exp(-wanted.nll) - np.exp(-other.nll)) if both and other else np.nan,
     }
 
@@ -166,7 +180,7 @@ def _table(prompts: pd.DataFrame) -> pd.DataFrame:
     """Mean over each group's prompts, one column a measure and kind: ``efficacy``, …, ``efficacy_accuracy``, …."""
     groups = prompts.groupby(["fact", "kind"], sort=False)
     table: dict[str, pd.Series] = {}
-    for column in ("success", "accuracy", "magnitude", "agreement"):
+    for column in ("success", "accuracy", "token_accuracy", "magnitude", "agreement"):
         if column not in prompts:
             continue
         means = pd.DataFrame(groups[column].mean().unstack("kind"))

@@ -1,8 +1,21 @@
 """What to edit: facts, lists of them, and where they come from."""
 
+from nse_tools.facts.conflicts import Conflicts, find_conflicts
 from nse_tools.facts.fact import Fact, Question
 from nse_tools.facts.fact_list import FactList
 from nse_tools.facts.loading import load_facts
+from nse_tools.facts.ordering import packed_order, spread_order
 from nse_tools.facts.world import known_facts, world_facts
 
-__all__ = ["Fact", "FactList", "Question", "known_facts", "load_facts", "world_facts"]
+__all__ = [
+    "Conflicts",
+    "Fact",
+    "FactList",
+    "Question",
+    "find_conflicts",
+    "known_facts",
+    "load_facts",
+    "packed_order",
+    "spread_order",
+    "world_facts",
+]

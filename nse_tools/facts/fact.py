@@ -9,11 +9,12 @@ from typing import Any
 from nse_tools.errors import FactError
 
 SLOT = "{}"
+_QUESTIONS = ("locality", "portability")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt with its right answer, unrelated to any edit (zsRE's locality questions)."""
+    """A prompt with its right answer: one that no edit touches (locality), or one that follows from an edit (portability)."""
 
     prompt: str
     answer: str
@@ -44,7 +45,11 @@ class Fact:
     generation : tuple of str
         Open beginnings about the subject (fluency, consistency).
     locality : tuple of Question
-        Unrelated questions with their answers (zsRE).
+        Unrelated questions with their answers (zsRE, EasyEdit).
+    portability : tuple of Question
+        Questions whose answer follows from the edit: by reasoning, under another name of the subject, … (EasyEdit).
+    target_new_id : str, optional
+        The new target's Wikidata id (CounterFact), by which ROME's reference texts are sorted.
 
     Raises
     ------
@@ -62,6 +67,8 @@ class Fact:
     neighborhood: tuple[str, ...] = ()
     generation: tuple[str, ...] = ()
     locality: tuple[Question, ...] = ()
+    portability: tuple[Question, ...] = ()
+    target_new_id: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("id", "subject", "prompt", "target_new"):
@@ -73,9 +80,10 @@ class Fact:
         for name in ("paraphrases", "neighborhood", "generation"):
             for text in getattr(self, name):
                 self._check_text(name, text)
-        for question in self.locality:
-            self._check_text("locality", question.prompt)
-            self._check_text("locality", question.answer)
+        for name in _QUESTIONS:
+            for question in getattr(self, name):
+                self._check_text(name, question.prompt)
+                self._check_text(name, question.answer)
 
     @property
     def text(self) -> str:
@@ -85,14 +93,14 @@ class Fact:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data (tuples become lists), for JSON."""
         plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain["locality"] = [[q.prompt, q.answer] for q in self.locality]
+        plain |= {name: [[q.prompt, q.answer] for q in plain[name]] for name in _QUESTIONS}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Fact:
         """Build a fact from what :meth:`to_dict` returned."""
         data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
-        data["locality"] = tuple(Question(*q) for q in data.get("locality", ()))
+        data |= {name: tuple(Question(*q) for q in data.get(name, ())) for name in _QUESTIONS}
         return cls(**data)
 
     def __repr__(self) -> str:

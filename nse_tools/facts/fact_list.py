@@ -11,6 +11,7 @@ import pandas as pd
 
 from nse_tools._show import table_html
 from nse_tools.errors import FactError
+from nse_tools.facts.conflicts import Conflicts, find_conflicts
 from nse_tools.facts.fact import Fact
 
 
@@ -115,6 +116,21 @@ class FactList(Sequence[Fact]):
         order = list(self._facts)
         random.Random(seed).shuffle(order)
         return FactList(order, self.name)
+
+    def conflicts(self) -> Conflicts:
+        """Find the facts that ask the same of one subject and want different new targets (:func:`find_conflicts`)."""
+        return find_conflicts(self._facts, self.name)
+
+    def resolve_conflicts(self, policy: str = "report") -> FactList:
+        """Return the facts that a policy keeps, in order: ``"report"``, ``"error"``, ``"keep_first"`` or ``"keep_last"``.
+
+        Raises
+        ------
+        FactError
+            If there are conflicts and the policy is ``"error"`` (:meth:`Conflicts.losing`).
+        """
+        losing = set(self.conflicts().losing(policy))
+        return FactList((f for f in self._facts if f.id not in losing), self.name)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a fact: id, relation, subject, prompt, targets, number of test prompts."""

@@ -24,7 +24,7 @@ def load_facts(source: str | Path = "world") -> FactList:
     ----------
     source : str or Path
         ``"world"``, the data set shipped with the package, or the path of a JSON or JSON-lines file in the schema of
-        CounterFact, multi-CounterFact, zsRE (MEND/ROME) or :meth:`Fact.to_dict`.
+        CounterFact, multi-CounterFact, zsRE (MEND/ROME), EasyEdit or :meth:`Fact.to_dict`.
 
     Returns
     -------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import COLORS, SEQUENTIAL, figure
+from nse_tools.plots.theme import COLORS, SEQUENTIAL, faint, figure
 
 if TYPE_CHECKING:
     from nse_tools.evaluation import ForgettingMatrix
@@ -84,7 +84,7 @@ def _add_curve(fig: go.Figure, name: str, matrix: ForgettingMatrix, color: str, 
             x=rounds + rounds[::-1],
             y=[*high, *low[::-1]],
             fill="toself",
-            fillcolor=_faint(color),
+            fillcolor=faint(color),
             line={"width": 0},
             hoverinfo="skip",
             showlegend=single,
@@ -127,11 +127,6 @@ def _band(matrix: ForgettingMatrix, draws: int = 500) -> tuple[list[float], list
         low.append(float(np.percentile(means, 2.5)))
         high.append(float(np.percentile(means, 97.5)))
     return low, high
-
-
-def _faint(color: str) -> str:
-    r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({r},{g},{b},0.15)"
 
 
 def _name(measure: str) -> str:

@@ -50,7 +50,7 @@ def residuals(source: EditRound | EditSession | pd.DataFrame, title: str | None 
 def _labels(group: pd.DataFrame) -> list[str]:
     steps = group.drop_duplicates("step").sort_values("step")
     return [
-        "end" if pd.isna(layer) else f"{layer}" if number == 0 else f"{layer}{chr(39) * number}"
+        "end" if pd.isna(layer) else f"{layer}{chr(39) * number}" if number < 4 else f"{layer} ({number + 1})"
         for layer, number in zip(steps.layer, steps["pass"], strict=True)
     ]
 

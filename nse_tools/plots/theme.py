@@ -38,6 +38,12 @@ def figure(title: str, x: str, y: str, **layout: object) -> go.Figure:
     return fig
 
 
+def faint(color: str) -> str:
+    """Return a colour like ``#0072B2`` as one for a band."""
+    r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({r},{g},{b},0.15)"
+
+
 def plain(text: object) -> str:
     """Escape text for a label or hover: plotly reads a small HTML in all of them."""
     return html.escape(str(text), quote=False)

@@ -1,5 +1,6 @@
 """Looking inside: token positions, contexts, keys and hidden states, key statistics."""
 
+from nse_tools.tracing.causal import CausalTrace, causal_trace, first_token_ratio
 from nse_tools.tracing.contexts import BARE, Contexts, sample_contexts
 from nse_tools.tracing.corpus import Corpus, load_corpus, sample_corpus
 from nse_tools.tracing.moments import SecondMoments, second_moments
@@ -8,11 +9,14 @@ from nse_tools.tracing.states import LastTokenStates
 
 __all__ = [
     "BARE",
+    "CausalTrace",
     "Contexts",
     "Corpus",
     "LastTokenStates",
     "LocatedPrompt",
     "SecondMoments",
+    "causal_trace",
+    "first_token_ratio",
     "load_corpus",
     "locate",
     "sample_contexts",

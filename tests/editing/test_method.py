@@ -58,6 +58,9 @@ def test_the_relatives_differ_from_nse_where_they_should() -> None:
         ("v_num_grad_steps", 0),
         ("v_num_grad_steps", 2.5),
         ("v_loss_threshold", -1),
+        ("v_stop_at_argmax", -1),
+        ("v_stop_at_argmax", 1.5),
+        ("norm_anchor", 1),
         ("v_weight_decay", -1),
         ("clamp_norm_factor", 0),
         ("kl_factor", -1),
@@ -73,6 +76,19 @@ def test_the_relatives_differ_from_nse_where_they_should() -> None:
         ("values_under", "old"),
         ("band_unit", "percent"),
         ("use_history", 1),
+        ("compress", "yes"),
+        ("neuron_score", "norm"),
+        ("spread", "odd"),
+        ("solver", "cholesky"),
+        ("multiplier", "both"),
+        ("nullspace_unit", "share"),
+        ("ridge", -1),
+        ("nullspace_threshold", 0),
+        ("top_share", 0),
+        ("top_damping", 1.5),
+        ("keep_share", 0),
+        ("keep_share", 1.1),
+        ("compress_base", 1),
         ("layers", ()),
         ("layers", (3, 2)),
         ("layers", (2, 2)),
@@ -93,6 +109,26 @@ def test_the_band_must_have_an_inside() -> None:
         Method("x", (1,), alpha=3.0, upper_bound=2.0)
     with pytest.raises(SettingError, match="alpha"):
         Method("x", (1,)).with_(alpha=1.0, upper_bound=1.0)
+
+
+def test_the_null_space_needs_a_ridge() -> None:
+    with pytest.raises(SettingError, match="ridge=0.0.*solver='null_space'"):
+        Method("x", (1,), solver="null_space")
+    with pytest.raises(SettingError, match="ridge"):
+        methods.alphaedit(ridge=0)
+
+
+@pytest.mark.parametrize("change", [{"multiplier": "off_top"}, {"keep_share": 0.5}, {"compress": True}, {"neuron_score": "key_by_moment"}])
+@pytest.mark.parametrize("solver", ["rank_one", "gradient"])
+def test_switches_that_a_solver_does_not_know_are_refused(solver: str, change: dict) -> None:
+    with pytest.raises(SettingError, match=f"{next(iter(change))}=.*{solver}"):
+        Method("x", (1,), solver=solver, passes=1, **change)
+
+
+def test_the_edited_layers_are_all_or_the_ends() -> None:
+    assert Method("x", (1, 3, 4)).edited_layers == (1, 3, 4)
+    assert Method("x", (1, 3, 4), spread="ends").edited_layers == (1, 4)
+    assert Method("x", (3,), spread="ends").edited_layers == (3,)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +171,7 @@ def test_value_settings_are_what_a_value_depends_on() -> None:
         {"v_lr": 0.1},
         {"v_num_grad_steps": 3},
         {"v_loss_threshold": 0.1},
+        {"v_stop_at_argmax": 2},
         {"v_weight_decay": 0.1},
         {"kl_factor": 1.0},
         {"layers": (1, 3)},

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from nse_tools.editing import Keys, NeuronSelection, overlaps, select_neurons
+from nse_tools.editing import Keys, NeuronSelection, neuron_scores, overlaps, select_neurons
 from nse_tools.errors import SettingError
-from reference import select
+from reference import score, select
 
 # magnitudes that differ by so much that a float32 sum loses neurons, but no subnormal numbers
 NUMBERS = st.one_of(st.floats(2**-20, 2**13, width=32), st.floats(-(2**13), -(2**-20), width=32), st.just(0.0))
@@ -91,6 +91,33 @@ def test_scores_are_sums_of_magnitudes_and_by_hand() -> None:
     assert select_neurons(keys_of(values), 0.84, rule="not_exceed").indices.tolist() == [0, 1]
     assert select_neurons(keys_of(values), 0.1, rule="not_exceed").indices.tolist() == [0]
     assert select_neurons(keys_of(values), 0.5).scores.tolist() == [8, 2, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["key", "key_by_moment", "key_by_column"])
+def test_scores_of_every_kind_agree_with_a_loop(kind: str) -> None:
+    draw = torch.Generator().manual_seed(1)
+    keys, general, weight = (torch.randn(n, 7, generator=draw) for n in (3, 30, 5))
+    moments = general.T @ general / 30
+    found = neuron_scores(keys_of(keys), kind, moments=moments, weight=weight)
+    expected = score(keys.double(), kind, moments.double(), weight.double())
+    assert torch.allclose(found, expected, rtol=1e-6)
+    chosen = select_neurons(keys_of(keys), 0.6, score=kind, moments=moments, weight=weight)
+    assert set(chosen.indices.tolist()) == select(expected.sum(0), 0.6)
+
+
+def test_neurons_that_are_always_active_are_discounted_by_hand() -> None:
+    keys, moments = keys_of(torch.tensor([[4.0, 2.0, 1.0]])), torch.diag(torch.tensor([16.0, 1.0, 0.0]))
+    scores = neuron_scores(keys, "key_by_moment", moments=moments)[0].tolist()
+    assert scores[:2] == [1, 4]
+    assert 1e9 < scores[2] < float("inf")  # never active on general text
+    assert neuron_scores(keys, "key_by_column", weight=torch.tensor([[3.0, 0, 1], [4.0, 0, 0]])).tolist() == [[20, 0, 1]]
+
+
+def test_a_score_says_what_it_needs() -> None:
+    with pytest.raises(SettingError, match="moments=C"):
+        select_neurons(keys_of(torch.ones(1, 3)), 0.5, score="key_by_moment")
+    with pytest.raises(SettingError, match="weight=W"):
+        select_neurons(keys_of(torch.ones(1, 3)), 0.5, score="key_by_column")
 
 
 def test_the_table_runs_up_to_one_and_marks_the_selected() -> None:

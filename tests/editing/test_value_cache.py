@@ -179,16 +179,36 @@ OTHER_SETTINGS = {
     "use_history": False,
     "mom2_update_weight": 3.0,
     "max_condition": 1e10,
+    "v_stop_at_argmax": 2,
+    "norm_anchor": True,  # acts on what was found
+    "neuron_score": "key_by_column",
+    "spread": "ends",
+    "ridge": 0.1,
+    "solver": "null_space",
+    "nullspace_threshold": 0.1,
+    "nullspace_unit": "relative",
+    "multiplier": "off_top",
+    "top_share": 0.4,
+    "top_damping": 0.4,
+    "keep_share": 0.4,
+    "compress": True,
+    "compress_base": 1.3,
+    "ft_lr": 0.1,
+    "ft_num_steps": 3,
+    "ft_loss_threshold": 0.1,
+    "ft_weight_decay": 0.1,
+    "ft_norm_constraint": 0.1,
     "preset": "none such",
 }
-RELEVANT = {"v_lr", "v_num_grad_steps", "v_loss_threshold", "v_weight_decay", "clamp_norm_factor", "kl_factor"}
+RELEVANT = {"v_stop_at_argmax", "v_lr", "v_num_grad_steps", "v_loss_threshold", "v_weight_decay", "clamp_norm_factor", "kl_factor"}
 
 
 @pytest.mark.parametrize("setting", [f.name for f in fields(Method)])
 def test_settings_of_the_search_count_and_no_others(setting: str, cache: ValueCache) -> None:
     model = build()
     cached(model, cache)
-    other = METHOD.with_(**{setting: OTHER_SETTINGS[setting]})
+    needed = {"ridge": 1.0} if setting == "solver" else {}
+    other = METHOD.with_(**{setting: OTHER_SETTINGS[setting]}, **needed)
     assert getattr(other, setting) != getattr(METHOD, setting)
     assert cached(model, cache, method=other) == (setting not in RELEVANT,)
 

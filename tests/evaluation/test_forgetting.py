@@ -8,8 +8,9 @@ import pytest
 
 from models_small import CONTEXTS, build, moments_for
 from nse_tools.editing import EditSession, methods
-from nse_tools.evaluation import ForgettingMatrix, forgetting_matrix, score_facts, session_scores
+from nse_tools.evaluation import ForgettingMatrix, forgetting, forgetting_matrix, round_scores, score_facts, session_scores
 from nse_tools.facts import Fact, FactList
+from nse_tools.models.weights import changed_layers
 
 FACTS = FactList(
     [
@@ -90,3 +91,30 @@ def test_showing_escapes_and_says_the_measure(session: EditSession) -> None:
     matrix = forgetting_matrix(session)
     assert "efficacy" in repr(matrix)
     assert "<table" in matrix._repr_html_()
+
+
+def test_neighbours_are_compared_with_the_unedited_model_asked_once(session: EditSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.memo.clear()
+    asked: list[bool] = []
+
+    def watched(model, facts, **options):
+        if not changed_layers(model):
+            asked.extend(f.id == "a" for f in facts)
+        return score_facts(model, facts, **options)
+
+    monkeypatch.setattr(forgetting, "score_facts", watched)
+    agreement = [round_scores(session, t).of(["a"]).summary()["specificity_agreement"] for t in (1, 2, 3, 3)]
+    assert sum(asked) == 1  # under the original weights, for all rounds
+    assert min(agreement) == 0  # the edits moved the neighbour, so that asking again would show
+    neighbour = FACTS[0].neighborhood[0]
+    with session.at(0) as model:
+        before = model.next_tokens(neighbour, 1).token[0]
+    for t, found in zip((1, 2, 3), agreement, strict=False):
+        with session.at(t) as model:
+            assert found == 100 * (model.next_tokens(neighbour, 1).token[0] == before)
+
+
+def test_retention_of_a_session_is_the_matrix_last_row(session: EditSession) -> None:
+    matrix, kept = forgetting_matrix(session, "efficacy_accuracy"), session.retention(measure="efficacy_accuracy")
+    assert kept.rounds.final.tolist() == pytest.approx(matrix.values[-1].tolist())
+    assert kept.rounds.fresh.tolist() == pytest.approx(np.diag(matrix.values).tolist())

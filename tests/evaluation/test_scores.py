@@ -95,13 +95,34 @@ def test_agreement_is_with_the_scores_given_as_before() -> None:
     assert score_facts(model, [fact], before=FactScores(changed)).summary()["specificity_agreement"] == 50
 
 
-def test_a_fact_without_true_target_has_accuracies_only_and_locality_counts_right_tokens() -> None:
+def test_a_fact_without_true_target_has_accuracies_only_as_questions_have() -> None:
     model = build("llama")
-    fact = Fact("x", "city", "The {} is", "Paris", locality=(Question("Berlin plays the", "piano and Rome"),))
+    questions = (Question("Berlin plays the", "piano and Rome"),)
+    fact = Fact("x", "city", "The {} is", "Paris", locality=questions, portability=questions)
     summary = score_facts(model, [fact]).summary()
     assert np.isnan(summary["score"])
     assert "efficacy" not in summary
-    assert summary["locality_accuracy"] == pytest.approx(100 * one_by_one(model, "Berlin plays the", "piano and Rome")[1])
+    hits = one_by_one(model, "Berlin plays the", "piano and Rome")[1]
+    assert summary["locality_token_accuracy"] == summary["portability_token_accuracy"] == pytest.approx(100 * hits)
+    assert summary["locality_accuracy"] == summary["portability_accuracy"] == 100 * (hits == 1)
+
+
+def test_zsre_measures_are_shares_of_right_tokens() -> None:
+    model = build("llama")
+    question = "Berlin plays the"
+    said = model.generate(question, 2)
+    fact = Fact(
+        "x", "Berlin", "{} plays the", f"{said.split()[0]} Rome, Italy", paraphrases=("The city is",), locality=(Question("The", "French"),)
+    )
+    summary = score_facts(model, [fact]).summary()
+    expected = [one_by_one(model, *pair)[1] for pair in ((question, fact.target_new), ("The city is", fact.target_new), ("The", "French"))]
+    names = ("efficacy", "generalization", "locality")
+    assert [summary[f"{name}_token_accuracy"] for name in names] == pytest.approx([100 * hits for hits in expected])
+    assert summary["score_token_accuracy"] == pytest.approx(harmonic_mean([100 * hits for hits in expected]))
+    by_hand = table([("a", "rewrite", np.nan, 0), ("a", "paraphrase", np.nan, 0), ("a", "locality", np.nan, 1)])
+    shares = FactScores(by_hand.prompts.assign(token_accuracy=[0.5, 0.25, 1.0]))
+    assert shares.summary()["score_token_accuracy"] == pytest.approx(3 / (1 / 50 + 1 / 25 + 1 / 100))
+    assert "score_token_accuracy 42.9, efficacy_token_accuracy 50.0" in repr(shares)
 
 
 def test_a_subject_at_the_first_token_is_scored_behind_the_lead() -> None:

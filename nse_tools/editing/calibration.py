@@ -1,0 +1,288 @@
+"""Settings for a model without preset, each measured on a few facts and shown with its evidence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nse_tools import _late
+from nse_tools._show import table_html
+from nse_tools.editing import proposals as rules
+from nse_tools.editing.keys import FactStates, hidden_states
+from nse_tools.editing.method import Method
+from nse_tools.editing.values import TargetValues, compute_values
+from nse_tools.errors import FactError
+from nse_tools.facts import Fact, FactList
+from nse_tools.models import EditableModel
+from nse_tools.tracing.causal import CausalTrace, causal_trace, first_token_ratio
+from nse_tools.tracing.contexts import Contexts, sample_contexts
+from nse_tools.tracing.moments import SecondMoments, second_moments
+from nse_tools.tracing.prompts import locate_fact
+
+_log = logging.getLogger(__name__)
+
+FEWEST = 3
+"""Facts that a calibration needs at least, and known ones that a trace does."""
+SAMPLE, SEARCHED = 16, 8
+"""Facts that are sampled, and those among them whose values are searched for."""
+STRIDES = (0.02, 0.04, 0.08, 0.16)
+"""Lengths of a step of Adam that are tried, as shares of ‖h₀‖: v_lr·√d_model/‖h₀‖."""
+CLAMPS = (0.5, 0.75, 1.0)
+"""Radii of the ball for δ that are tried, as shares of ‖h₀‖."""
+CLOSED = 0.95
+"""Share of the residuals that one pass shall close."""
+WEIGHTS = tuple(10 ** (e / 4) for e in range(25))
+"""λ at which the closed share is noted, as evidence: 1 to 1 000 000."""
+ALPHA_SHARE, BOUND_MARGIN = 0.05, 1.5
+"""α as a share of the mean ‖z − h‖; the upper bound as a multiple of the longest δ allowed."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Proposed settings with their reasons and the measurements behind them.
+
+    Parameters
+    ----------
+    method : Method
+        NSE with the proposed settings, without preset, ready for a session.
+    choices : tuple of (str, object, str)
+        Setting, value, and why, in one sentence.
+    trace : CausalTrace, optional
+        The causal trace of the facts that the model knows; none where it knows too few, or layers were given.
+    layers : DataFrame
+        One row a layer: ``recovered`` (share of p(true target) that its state brings back), ``first_token_ratio`` (mean ‖k‖²
+        at the first token over that elsewhere), ``chosen``.
+    weights : DataFrame
+        One row a λ: ``closed``, the share of the residuals that one pass closes, and each layer's share (``layer 3``, …).
+    rates : DataFrame
+        One row a learning rate, fact and step of the value search: ``loss``, ``probability`` of the new target.
+    clamps : DataFrame
+        One row a clamp and fact: ``norm_h0``, ``norm_delta`` (= ‖z − h‖ before an edit), ``probability`` and ``loss`` at the end.
+    fact_ids : tuple of str
+        The sampled facts.
+    model : str
+        The model's name.
+    seed : int
+        Seed of sample, noise, contexts and text for C.
+    """
+
+    method: Method
+    choices: tuple[tuple[str, Any, str], ...] = field(repr=False)
+    trace: CausalTrace | None = field(repr=False)
+    layers: pd.DataFrame = field(repr=False)
+    weights: pd.DataFrame = field(repr=False)
+    rates: pd.DataFrame = field(repr=False)
+    clamps: pd.DataFrame = field(repr=False)
+    fact_ids: tuple[str, ...] = field(repr=False)
+    model: str
+    seed: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a setting: value, and why."""
+        return pd.DataFrame(list(self.choices), columns=["setting", "value", "why"])
+
+    def __repr__(self) -> str:
+        m = self.method
+        return (
+            f"Calibration({self.model}, {len(self.fact_ids)} facts, seed {self.seed}: layers {rules.span(m.layers)}, v_lr {m.v_lr:g}, "
+            f"clamp {m.clamp_norm_factor:g}, λ {m.mom2_update_weight:g}, α {m.alpha:g}, upper bound {m.upper_bound:g})"
+        )
+
+    def _repr_html_(self) -> str:
+        with pd.option_context("display.max_colwidth", None):  # the reasons are long
+            return table_html(self.to_frame(), head=self)
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the evidence (:func:`nse_tools.plots.calibration`)."""
+        return _late.call("plots", "calibration", self, **options)
+
+
+def calibrate(
+    model: EditableModel,
+    facts: Sequence[Fact],
+    *,
+    seed: int = 0,
+    name: str = "calibrated",
+    layers: Sequence[int] | None = None,
+    contexts: Contexts | None = None,
+    moments: SecondMoments | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Propose NSE's settings for a model, from measurements on a few facts; nothing is edited.
+
+    Layers come from a causal trace, λ from the keys' size in units of C, learning rate and clamp from value searches, and the
+    band of residuals from the values found. Everything runs under the original weights.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model.
+    facts : sequence of Fact
+        Three at least, with their true targets and best such that the model knows; up to 16 are sampled from them.
+        Do not take those that will be used for measuring.
+    seed : int
+        Seed of the sample, the trace's noise, the contexts and the text for C.
+    name : str
+        The method's name.
+    layers : sequence of int, optional
+        Layers to edit, where they are not to be chosen here: no trace is made.
+    contexts : Contexts, optional
+        As a session takes them; sampled with ``seed`` by default.
+    moments : SecondMoments, optional
+        C of the layers; by default computed or taken from the cache, where a session with the same seed finds it again.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    Calibration
+        The method, the reasons and the evidence.
+
+    Raises
+    ------
+    FactError
+        If there are fewer than three facts.
+    ModelError
+        If a given layer does not exist, or every layer where facts are looked up writes the attention sink.
+    """
+    if len(facts) < FEWEST:
+        raise FactError(f"calibrate: {len(facts)} facts are too few to judge by; give at least {FEWEST}, better {SAMPLE}.")
+    sample = FactList(facts, "calibration").shuffled(seed)[:SAMPLE]
+    with model.original_weights(), tqdm(total=5, desc="calibration", disable=not progress) as bar:
+        trace, layer_table, chosen, why = _layers(model, sample, layers, seed)
+        bar.update()
+        contexts = contexts or sample_contexts(model, seed)
+        moments = moments or second_moments(model, chosen, seed=seed, progress=progress)
+        bar.update()
+        weights, weight = _weight(model, sample, chosen, contexts, moments)
+        bar.update()
+        base = Method(name, chosen, mom2_update_weight=weight[1])
+        searched, h0 = sample[:SEARCHED], hidden_states(model, sample, chosen[-1]).norm(dim=1)
+        rates, rate = _rate(model, searched, contexts, base, float(h0.mean()))
+        bar.update()
+        clamps, clamp = _clamp(model, searched, contexts, base.with_(v_lr=rate[1]))
+        bar.update()
+    choices = (("layers", chosen, why), weight, rate, clamp, *_band(clamps, clamp[1], h0), *_RELEASED)
+    method = Method(name, **{setting: value for setting, value, _ in choices})
+    return Calibration(method, choices, trace, layer_table, weights, rates, clamps, tuple(sample.ids), model.name, seed)
+
+
+_Choice = tuple[str, Any, str]
+_RELEASED: tuple[_Choice, ...] = (
+    ("v_num_grad_steps", 25, "As released for most models; the learning rate was chosen for it."),
+    ("passes", 2, "As released: the second pass closes what the first leaves."),
+    ("neuron_threshold", 1.0, "As released for most models: all neurons; a share below 1 was not measured here."),
+)
+_STEPS = int(_RELEASED[0][1])
+
+
+def _layers(
+    model: EditableModel, facts: FactList, given: Sequence[int] | None, seed: int
+) -> tuple[CausalTrace | None, pd.DataFrame, tuple[int, ...], str]:
+    ratio = first_token_ratio(model, [locate_fact(model, f, with_target=False).ids for f in facts])
+    trace = None if given is not None else _trace(model, facts, seed)
+    recovered = trace.recovered() if trace else None
+    if given is not None:
+        model.check_layers(given)
+        chosen, why = tuple(given), "Given."
+    else:
+        chosen = rules.propose_layers(recovered, ratio)
+        why = _why_layers(chosen, recovered)
+    table = pd.DataFrame({"layer": range(model.n_layers), "first_token_ratio": ratio.tolist()})
+    table.insert(1, "recovered", recovered.tolist() if recovered is not None else float("nan"))
+    return trace, table.assign(chosen=table.layer.isin(chosen)), chosen, why
+
+
+def _trace(model: EditableModel, facts: FactList, seed: int) -> CausalTrace | None:
+    """Return the trace of the facts that the model knows, or nothing (with a warning) where there is none to speak of."""
+    complete = [f for f in facts if f.target_true is not None]
+    trace = causal_trace(model, complete, seed=seed).of_known() if len(complete) >= FEWEST else None
+    if trace is not None and len(trace) >= FEWEST and trace.total_effect > 0:
+        return trace
+    found = f"{len(trace)} are known to {model.name}" if trace is not None else f"{len(complete)} have a true target"
+    if trace is not None and len(trace) >= FEWEST:
+        found = "corrupting their subjects does not make the true targets less likely"
+    _log.warning(
+        "calibrate: no causal trace can be made: of %d facts %s. Layers are proposed by depth alone; give facts that the model knows "
+        "(nse.knowledge tells), or layers=(…).",
+        len(facts),
+        found,
+    )
+    return None
+
+
+def _why_layers(chosen: tuple[int, ...], recovered: Tensor | None) -> str:
+    if recovered is None:
+        return f"No trace could be made: the window ends at {rules.DEPTH:.0%} of the depth, near the released settings."
+    best, last = int(recovered.argmax()), chosen[-1]
+    return (
+        f"Restoring the subject's last token after layer {last} brings back {float(recovered[last]):.0%} of p(true target), about the "
+        f"most of any layer ({float(recovered[best]):.0%}, layer {best}); no layer of the window writes the attention sink."
+    )
+
+
+def _weight(
+    model: EditableModel, facts: FactList, layers: tuple[int, ...], contexts: Contexts, moments: SecondMoments
+) -> tuple[pd.DataFrame, _Choice]:
+    spectra = rules.key_spectra(FactStates.record(model, facts, contexts, layers[0], layers[-1]).keys(layers), moments)
+    weight = rules.rounded(rules.propose_weight(spectra, CLOSED))
+    rows = []
+    for value in sorted({*WEIGHTS, weight}):
+        shares = {f"layer {layer}": share for layer, share in rules.layer_shares(spectra, value).items()}
+        rows.append({"weight": value, "closed": rules.closed_share(spectra, value), **shares})
+    why = f"With it one pass closes {CLOSED:.0%} of the residuals of {len(facts)} facts, by their keys in units of C; more would move C."
+    return pd.DataFrame(rows), ("mom2_update_weight", weight, why)
+
+
+def _rate(model: EditableModel, facts: FactList, contexts: Contexts, base: Method, norm_h0: float) -> tuple[pd.DataFrame, _Choice]:
+    half = _STEPS // 2
+    candidates = [rules.rounded(stride * norm_h0 / model.d_model**0.5) for stride in STRIDES]
+    traces, shares, losses = [], {}, {}
+    for rate in candidates:
+        trace = compute_values(model, facts, contexts, base.with_(v_lr=rate, v_num_grad_steps=half + 1)).trace
+        traces.append(trace[["fact", "step", "loss", "probability"]].assign(v_lr=rate))
+        shares[rate] = float(rules.arrived(trace, half).mean())
+        losses[rate] = float(trace.groupby("fact").loss.last().mean())
+    rate, enough = rules.first_sufficient(shares, losses)
+    goal = f"p(target) ≥ {rules.LIKELY:g} in half of the steps for {shares[rate]:.0%} of {len(facts)} facts"
+    why = f"The smallest rate tried that reaches {goal}." if enough else f"The lowest loss of those tried; it reaches {goal}."
+    return pd.concat(traces, ignore_index=True), ("v_lr", rate, why)
+
+
+def _clamp(model: EditableModel, facts: FactList, contexts: Contexts, base: Method) -> tuple[pd.DataFrame, _Choice]:
+    tables, shares, losses = [], {}, {}
+    for clamp in CLAMPS:
+        values = compute_values(model, facts, contexts, base.with_(clamp_norm_factor=clamp, v_num_grad_steps=_STEPS))
+        tables.append(_ends(values).assign(clamp_norm_factor=clamp))
+        shares[clamp] = float(rules.arrived(values.trace, _STEPS).mean())
+        losses[clamp] = float(tables[-1].loss.mean())
+        if shares[clamp] >= rules.NEARLY_ALL:
+            break
+    clamp, enough = rules.first_sufficient(shares, losses)
+    goal = f"p(target) ≥ {rules.LIKELY:g} is reached for {shares[clamp]:.0%} of {len(facts)} facts"
+    why = f"The smallest ball tried in which {goal}." if enough else f"The lowest loss of those tried; {goal}."
+    return pd.concat(tables, ignore_index=True), ("clamp_norm_factor", clamp, why)
+
+
+def _ends(values: TargetValues) -> pd.DataFrame:
+    return values.to_frame()[["fact", "norm_h0", "norm_delta", "probability", "loss"]]
+
+
+def _band(clamps: pd.DataFrame, clamp: float, h0: Tensor) -> tuple[_Choice, ...]:
+    distance = float(clamps[clamps.clamp_norm_factor == clamp].norm_delta.mean())
+    longest = clamp * float(torch.max(h0))
+    return (
+        ("alpha", rules.rounded(ALPHA_SHARE * distance), f"{ALPHA_SHARE:.0%} of the mean ‖z − h‖ before an edit ({distance:.3g})."),
+        (
+            "upper_bound",
+            rules.rounded(BOUND_MARGIN * longest),
+            f"{BOUND_MARGIN:g} times clamp·‖h₀‖ of the largest state ({longest:.3g}), so that no fact is left out.",
+        ),
+    )

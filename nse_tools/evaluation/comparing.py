@@ -1,0 +1,309 @@
+"""``nse.compare``: several methods on the same facts, contexts and key statistics, from the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from nse_tools.editing import EditSession, Method, ValueCache, methods
+from nse_tools.errors import EditError, FactError, SettingError, StateError
+from nse_tools.evaluation.comparison import UNEDITED, Comparison
+from nse_tools.evaluation.comparison_store import Cell, ComparisonFolder, digest_of_bytes, plain
+from nse_tools.evaluation.forgetting import round_perplexity, round_scores
+from nse_tools.facts import Fact, FactList
+from nse_tools.models import EditableModel
+from nse_tools.models.weights import bytes_of, changed_layers, checksum_of, digest_of
+from nse_tools.tracing.contexts import Contexts, sample_contexts
+from nse_tools.tracing.corpus import Corpus
+from nse_tools.tracing.moments import SecondMoments, second_moments
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1
+
+
+def compare(
+    model: EditableModel,
+    facts: Sequence[Fact],
+    methods: Iterable[Method | str],
+    *,
+    rounds_of: int = 20,
+    seeds: Iterable[int] = (0,),
+    folder: str | Path | None = None,
+    test_at: int | Iterable[int] | None = None,
+    shuffle: bool = False,
+    corpus: Corpus | None = None,
+    value_cache: ValueCache | bool = True,
+    progress: bool = True,
+) -> Comparison:
+    """Let several methods edit the same facts into the same model, and measure what each learned, kept and forgot.
+
+    Under one seed all methods get the same facts in the same order, the same contexts and the same key statistics C. Before
+    each method the weights are, bit for bit, what they were at the start; that is checked, and they are put back at the end
+    and when anything goes wrong. A method that cannot go on (an :class:`EditError`) ends there, is marked as stopped, and
+    the others go on.
+
+    With a ``folder``, every finished cell (one method under one seed) is written at once, and the same call made again goes
+    on where it was: finished cells are read, not made again. A cell that was killed half-way is begun anew; the target
+    values it had found are in the user's cache of values, so it takes less time than at first. More methods and seeds may
+    be asked for later.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model, unedited; it is left unedited.
+    facts : sequence of Fact
+        The facts.
+    methods : iterable of Method or str
+        The methods, or their names in ``nse.methods``; no two of one name.
+    rounds_of : int
+        Facts in a round.
+    seeds : iterable of int
+        Seeds of contexts and of the text for C (and of the order, with ``shuffle``).
+    folder : str or Path, optional
+        Where finished cells are kept.
+    test_at : int or iterable of int, optional
+        Rounds after which all facts so far are tested: each k-th, or those listed; every round by default. The last always
+        is. Testing after every round takes a time that grows with the square of the number of rounds.
+    shuffle : bool
+        Shuffle the facts with each seed.
+    corpus : Corpus, optional
+        General text for C; sampled from the model with each seed by default.
+    value_cache : ValueCache or bool
+        As in :class:`EditSession`. Values that several methods share are searched for once; ``seconds_per_edit`` leaves such
+        rounds out. With False every value is searched for, and times can be compared.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    Comparison
+        The tables.
+
+    Raises
+    ------
+    SettingError
+        For doubled or unknown names, seeds or rounds that make no sense, or a folder that holds another comparison.
+    StateError
+        If the model carries edits at the start, or a method leaves weights behind that cannot be put back.
+    """
+    chosen, seeds = _chosen(methods), _whole_numbers("seeds", seeds)
+    stream = facts if isinstance(facts, FactList) else FactList(facts)
+    if not len(stream):
+        raise FactError("There are no facts to edit.")
+    run = _Run(
+        model, chosen, stream, rounds_of, rounds_to_test(len(stream.rounds(rounds_of)), test_at), shuffle, corpus, value_cache, progress
+    )
+    about = run.about()
+    store = ComparisonFolder.open(folder, about) if folder is not None else None
+    cells = {(s, m.name): cell for s in seeds for m in chosen if store and (cell := store.find(m.to_dict(), s))}
+    missing = [(s, m) for s in seeds for m in chosen if (s, m.name) not in cells]
+    if cells:
+        _log.info("%d of %d cells are in %s already", len(cells), len(cells) + len(missing), folder)
+    with tqdm(total=len(missing) * len(stream.rounds(rounds_of)), desc="compare", unit="round", disable=not progress) as bar:
+        for seed, method in missing:
+            bar.set_description(f"{method.name}, seed {seed}")
+            cell = run.cell(method, run.inputs(seed, store), bar)
+            if store:
+                store.write(cell)
+            cells[seed, method.name] = cell
+    return Comparison.of([cells[s, m.name] for m in chosen for s in seeds], about)
+
+
+def rounds_to_test(n_rounds: int, test_at: int | Iterable[int] | None) -> list[int]:
+    """Return the rounds after which a stream of ``n_rounds`` is tested: each k-th or those listed, and the last.
+
+    Raises
+    ------
+    SettingError
+        If a number is not a round of the stream.
+    """
+    if test_at is None:
+        return list(range(1, n_rounds + 1))
+    wanted = set(range(test_at, n_rounds + 1, test_at)) | {n_rounds} if isinstance(test_at, int) and test_at > 0 else test_at
+    wanted = set() if isinstance(wanted, int) else set(wanted)
+    if not wanted or not all(isinstance(t, int) and 1 <= t <= n_rounds for t in wanted):
+        raise SettingError(f"test_at={test_at!r}: expected a number k (each k-th round) or rounds from 1 to {n_rounds}.")
+    return sorted({*wanted, n_rounds})
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What all methods of a seed share."""
+
+    seed: int
+    facts: FactList
+    contexts: Contexts
+    moments: SecondMoments
+
+
+@dataclass
+class _Run:
+    """One call of :func:`compare`."""
+
+    model: EditableModel
+    methods: Sequence[Method]
+    facts: FactList
+    rounds_of: int
+    tested: Sequence[int]
+    shuffle: bool
+    corpus: Corpus | None
+    value_cache: ValueCache | bool
+    progress: bool
+    state: str = field(init=False)
+    unedited: dict[Any, Any] = field(default_factory=dict, init=False)
+    """Scores of the unedited model, and prompts as they enter the first edited layer: found once, for all methods."""
+    _inputs: _Inputs | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if edited := changed_layers(self.model):
+            raise StateError(f"The model carries edits in layers {edited}. Take them back first (session.rewind(to=0)), or load it anew.")
+        for method in self.methods:  # what a session refuses is refused before anything is run; originals are kept
+            EditSession(self.model, method, value_cache=False)
+        self.state = _state(self.model)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({layer for method in self.methods for layer in method.layers})
+
+    def about(self) -> dict[str, Any]:
+        content = json.dumps([fact.to_dict() for fact in self.facts], sort_keys=True)
+        return plain(
+            {
+                "format": _FORMAT,
+                "model": self.model.name,
+                "model_fingerprint": self.model.fingerprint(),
+                "facts": {"n": len(self.facts), "digest": digest_of_bytes(content.encode()), "ids": self.facts.ids},
+                "rounds_of": self.rounds_of,
+                "test_at": list(self.tested),
+                "shuffle": self.shuffle,
+                "corpus": self.corpus.fingerprint() if self.corpus else "sampled from the model with each seed",
+                "versions": {name: version(name) for name in ("nse_tools", "torch", "transformers", "nnsight")},
+                "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
+                "methods": [method.name for method in self.methods],
+            }
+        )
+
+    def inputs(self, seed: int, store: ComparisonFolder | None) -> _Inputs:
+        """Sample or read a seed's contexts, compute its C, and note both in the folder."""
+        if self._inputs is None or self._inputs.seed != seed:
+            self._inputs = None  # C is large: one seed's at a time
+            facts = self.facts.shuffled(seed) if self.shuffle else self.facts
+            noted = store.inputs(seed) if store else None
+            # contexts that finished cells were made with, even where sampling again would give others
+            contexts = Contexts(tuple(noted["contexts"]), seed) if noted else sample_contexts(self.model, seed)
+            moments = second_moments(self.model, self.layers, self.corpus, seed=seed, progress=self.progress)
+            if store:
+                digests = {str(layer): digest_of_bytes(bytes_of(moments[layer])) for layer in self.layers}
+                about = {"n_tokens": moments.n_tokens, "source": moments.source}
+                store.note_inputs(seed, {"contexts": list(contexts.prefixes), **about, "facts": facts.ids, "moments": digests})
+            self._inputs = _Inputs(seed, facts, contexts, moments)
+            if self.shuffle:  # other batches round in other ways: the same numbers whether or not cells were left out
+                self.unedited.clear()
+        return self._inputs
+
+    def cell(self, method: Method, inputs: _Inputs, bar: tqdm) -> Cell:
+        """Run one method under one seed; the weights are put back, and that is checked."""
+        with self.model.original_weights():
+            cell = self._edit(method, inputs, bar)
+        if _state(self.model) != self.state:
+            raise StateError(
+                f"{method.name!r} left the model other than it was: something besides the down projections of layers {method.layers} was "
+                "changed. The other methods would not start from the same weights; load the model anew."
+            )
+        return cell
+
+    def _edit(self, method: Method, inputs: _Inputs, bar: tqdm) -> Cell:
+        session = EditSession(
+            self.model,
+            method,
+            contexts=inputs.contexts,
+            moments=inputs.moments,
+            seed=inputs.seed,
+            progress=self.progress,
+            value_cache=self.value_cache,
+        )
+        session.memo |= self.unedited
+        plan = inputs.facts.rounds(self.rounds_of)
+        for batch in plan:  # a round at a time, so that later scorings find their prompts in the same batches
+            round_scores(session, 0, batch)
+        tables, stopped = {0: _tested(session, 0, plan)}, None
+        for number, batch in enumerate(plan, start=1):
+            try:
+                session.edit(batch)
+            except EditError as wrong:
+                stopped = str(wrong)
+                _log.warning("%s, seed %d, could not make round %d: %s", method.name, inputs.seed, number, wrong)
+                break
+            if number in self.tested:
+                tables[number] = _tested(session, number, plan[:number])
+            bar.update()
+        if len(session) not in tables:  # it stopped between two tests
+            tables[len(session)] = _tested(session, len(session), session.facts)
+        rounds = _rounds(session, {number: round_perplexity(session, number) for number in tables})
+        self._remember(session)
+        return Cell(plain(method.to_dict()), inputs.seed, pd.concat(tables.values(), ignore_index=True), rounds, stopped)
+
+    def _remember(self, session: EditSession) -> None:
+        """Keep what is true of the unedited model for the next method; prompts up to another layer would only take memory."""
+        first = min(session.method.layers)
+        kept = {key for key in session.memo if key[0] == 0 and (key[1] != "prompt states" or key[2] == first)}
+        self.unedited.clear()
+        self.unedited |= {key: session.memo[key] for key in kept}
+
+
+def _tested(session: EditSession, round: int, batches: Sequence[FactList]) -> pd.DataFrame:
+    """Score the facts of the first rounds as of a round, in percent, one row a fact."""
+    own = {fact.id: number for number, batch in enumerate(batches, start=1) for fact in batch}
+    table = round_scores(session, round, sum(batches[1:], start=batches[0])).per_fact()
+    # a ten-thousandth of a percent: what is beyond differs with the machine
+    measured = (table.drop(columns="fact") * 100).round(4)
+    measured.insert(0, "round", round)
+    measured.insert(1, "edited_in_round", table.fact.map(own))
+    measured.insert(2, "fact", table.fact)
+    return measured
+
+
+def _rounds(session: EditSession, perplexities: dict[int, float]) -> pd.DataFrame:
+    """Return what the session notes of each round, behind one row for the unedited model."""
+    made = session.to_frame()
+    table = pd.concat([pd.DataFrame({"round": [0], "facts": [0]}), made], ignore_index=True)
+    table.insert(1, "edits", table.facts.cumsum())
+    table.insert(2, "perplexity", table["round"].map(perplexities))
+    return table
+
+
+def _state(model: EditableModel) -> str:
+    """Return a hash of all down projections, bit for bit, and a checksum of everything else."""
+    return f"{digest_of(model, range(model.n_layers))} {checksum_of(model)}"
+
+
+def _chosen(asked: Iterable[Method | str]) -> list[Method]:
+    if isinstance(asked, (str, Method)):
+        asked = [asked]
+    chosen = [method if isinstance(method, Method) else methods.get(method) for method in asked]
+    if not chosen:
+        raise SettingError("methods: give at least one.")
+    twice = [name for name, n in Counter(method.name for method in chosen).items() if n > 1]
+    if twice or UNEDITED in {method.name for method in chosen}:
+        raise SettingError(
+            f"methods: every method needs a name of its own, other than {UNEDITED!r}; doubled: {twice}. Rename one: method.with_(name='…')."
+        )
+    return chosen
+
+
+def _whole_numbers(name: str, asked: int | Iterable[int]) -> list[int]:
+    numbers = [asked] if isinstance(asked, int) else list(asked)
+    if not numbers or len(set(numbers)) < len(numbers) or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise SettingError(f"{name}={asked!r}: expected whole numbers, at least one, none twice.")
+    return numbers

@@ -1,0 +1,237 @@
+"""A comparison on disk: a manifest, the inputs of each seed, and one small folder a finished cell, there entirely or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nse_tools.errors import SettingError
+from nse_tools.models.storage import SCRATCH
+
+MANIFEST, ABOUT, SCORES, ROUNDS = "comparison.json", "cell.json", "scores.csv", "rounds.csv"
+RECORDED = ("methods", "model", "machine")
+"""Entries of the manifest that are written down and may differ when a comparison goes on."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one method did to one model under one seed.
+
+    Parameters
+    ----------
+    method : dict
+        The method's settings, with its ``name``.
+    seed : int
+        The seed.
+    scores : DataFrame
+        One row a tested round and fact: ``round`` (0: unedited), ``edited_in_round``, ``fact``, and the measures in percent.
+    rounds : DataFrame
+        One row a round, from 0: ``round``, ``edits`` up to it, ``perplexity`` where it was tested, and what the session noted.
+    stopped : str, optional
+        Why the method could not go on after its last round.
+    """
+
+    method: dict[str, Any] = field(repr=False)
+    seed: int
+    scores: pd.DataFrame = field(repr=False)
+    rounds: pd.DataFrame = field(repr=False)
+    stopped: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return str(self.method["name"])
+
+
+class ComparisonFolder:
+    """The folder of one comparison; finished cells in it are never written again.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def open(cls, path: Path | str, about: Mapping[str, Any]) -> ComparisonFolder:
+        """Make the folder, or go on with one whose comparison is the same; note the methods in it.
+
+        Raises
+        ------
+        SettingError
+            If the folder holds a comparison of other facts, another model or other settings; it says which.
+        """
+        store, asked = cls(path), plain(about)
+        known: list[str] = []
+        if (store.path / MANIFEST).exists():
+            there = store.about()
+            differing = _differences({**there, **{k: asked.get(k) for k in RECORDED}}, asked)
+            if differing:
+                raise SettingError(
+                    f"{store.path} holds another comparison: {differing}. Ask for the same again to go on with it, or give another folder."
+                )
+            known = there["methods"]
+        _write_text(store.path / MANIFEST, _json({**asked, "methods": list(dict.fromkeys([*known, *asked["methods"]]))}))
+        return store
+
+    def about(self) -> dict[str, Any]:
+        """Return the manifest.
+
+        Raises
+        ------
+        SettingError
+            If there is none, or it cannot be read.
+        """
+        try:
+            about: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise SettingError(f"{self.path} holds no comparison: it has no {MANIFEST}.") from None
+        except ValueError as wrong:
+            raise SettingError(f"{self.path / MANIFEST} cannot be read: {wrong}") from wrong
+        return about
+
+    # ---- inputs of a seed --------------------------------------------------------------------------------------------
+    def inputs(self, seed: int) -> dict[str, Any] | None:
+        """Return what was noted of a seed's inputs: its contexts, and digests of C by layer."""
+        file = self.path / "seeds" / f"seed{seed}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def note_inputs(self, seed: int, inputs: Mapping[str, Any]) -> None:
+        """Note a seed's inputs, beside what is noted of C at other layers.
+
+        Raises
+        ------
+        SettingError
+            If C of a layer is not what cells of this seed were made with.
+        """
+        before = (self.inputs(seed) or {}).get("moments", {})
+        if differing := sorted(layer for layer in before.keys() & inputs["moments"].keys() if before[layer] != inputs["moments"][layer]):
+            raise SettingError(
+                f"seed {seed}: the key statistics C of layers {', '.join(differing)} are not those that the finished cells in {self.path} "
+                "were made with (another machine or thread count?). Go on where the comparison was begun, or give another folder."
+            )
+        merged = {**inputs, "moments": {**before, **inputs["moments"]}}
+        _write_text(self.path / "seeds" / f"seed{seed}.json", _json(merged))
+
+    # ---- cells -------------------------------------------------------------------------------------------------------
+    def find(self, method: Mapping[str, Any], seed: int) -> Cell | None:
+        """Return a finished cell.
+
+        Raises
+        ------
+        SettingError
+            If the cell of this name and seed was made with other settings (it says which), or is damaged.
+        """
+        place = self._place(str(method["name"]), seed)
+        if not (place / ABOUT).exists():
+            return None
+        cell = _read(place)
+        if differing := _differences(cell.method, plain(method)):
+            raise SettingError(
+                f"{place} was made with other settings of {method['name']!r}: {differing}. "
+                "Give the method another name, or delete that folder to have the cell made again."
+            )
+        return cell
+
+    def write(self, cell: Cell) -> None:
+        """Write a finished cell: into a folder beside its place, then moved there with one rename."""
+        place = self._place(cell.name, cell.seed)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=SCRATCH) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            for name, table in ((SCORES, cell.scores), (ROUNDS, cell.rounds)):
+                table.to_csv(new / name, index=False, lineterminator="\n")
+            digests = {name: digest_of_bytes((new / name).read_bytes()) for name in (SCORES, ROUNDS)}
+            about = {"method": cell.method, "seed": cell.seed, "stopped": cell.stopped, "files": digests}
+            (new / ABOUT).write_text(_json(about), encoding="utf-8")
+            try:
+                new.rename(place)
+            except OSError:
+                if not (place / ABOUT).exists():  # otherwise another process has finished the same cell meanwhile
+                    raise
+
+    def cells(self) -> list[Cell]:
+        """Return all finished cells, in the order of the methods in the manifest and of the seeds."""
+        order = {name: number for number, name in enumerate(self.about()["methods"])}
+        found = [_read(file.parent) for file in (self.path / "cells").glob(f"*/{ABOUT}")]
+        return sorted(found, key=lambda cell: (order.get(cell.name, len(order)), cell.name, cell.seed))
+
+    def _place(self, name: str, seed: int) -> Path:
+        slug = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
+        if slug != name:  # two names must not share a folder
+            slug += "-" + hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+        return self.path / "cells" / f"{slug}-seed{seed}"
+
+    def __repr__(self) -> str:
+        return f"ComparisonFolder({str(self.path)!r})"
+
+
+def plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return data as it comes back from a JSON file."""
+    result: dict[str, Any] = json.loads(json.dumps(dict(data)))
+    return result
+
+
+def digest_of_bytes(data: bytes) -> str:
+    """Return a hash of bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _read(place: Path) -> Cell:
+    try:
+        about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+        if changed := [name for name, digest in about["files"].items() if digest_of_bytes((place / name).read_bytes()) != digest]:
+            raise ValueError(f"{', '.join(changed)} changed since it was written")
+        tables = [_table(place / name) for name in (SCORES, ROUNDS)]
+        return Cell(about["method"], about["seed"], tables[0], tables[1], about["stopped"])
+    except (OSError, ValueError, KeyError, TypeError) as wrong:
+        raise SettingError(f"The cell in {place} is damaged ({wrong}). Delete that folder; a rerun makes it again.") from wrong
+
+
+def _table(file: Path) -> pd.DataFrame:
+    # ids like "NA" and "007" stay what they are, and numbers come back bit for bit
+    return pd.read_csv(file, dtype={"fact": str}, keep_default_na=False, na_values=[""], float_precision="round_trip", encoding="utf-8")
+
+
+def _differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> str:
+    """Say in which entries two manifests differ; long values are not shown."""
+    found = []
+    for key in dict.fromkeys([*there, *asked]):
+        old, new = there.get(key), asked.get(key)
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found.append(_differences(old, new, f"{within}{key}."))
+        else:
+            found.append(f"{within}{key} is {_short(old)} there, {_short(new)} was asked for")
+    return "; ".join(found)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 12:
+        return f"a list of {len(value)}"
+    return repr(value)
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=SCRATCH) as scratch:
+        new = Path(scratch) / "new"
+        new.write_text(text, encoding="utf-8")
+        new.replace(file)

@@ -1,0 +1,176 @@
+"""Drift: how far edits move the model where nothing should move, on neutral text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nse_tools._show import table_html
+from nse_tools.errors import SettingError
+from nse_tools.evaluation.growth import weight_growth
+from nse_tools.evaluation.perplexity import passages
+from nse_tools.models import EditableModel
+from nse_tools.tracing.batches import batches, pad
+
+if TYPE_CHECKING:
+    from nse_tools.editing import EditSession
+
+_ROWS = 256
+"""Next-token distributions compared at a time: two tables of this many rows and a vocabulary fit any memory."""
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """A model's next-token distributions at every place of some texts, kept as what the unembedding reads.
+
+    Edits change down projections only, so the final norm's outputs stand for the distributions, in far less memory.
+
+    Parameters
+    ----------
+    texts : tuple of str
+        The texts.
+    states : tuple of Tensor
+        For each text, (n_tokens, d_model): outputs of the final norm, on CPU.
+    """
+
+    texts: tuple[str, ...] = field(repr=False)
+    states: tuple[Tensor, ...] = field(repr=False)
+
+    @classmethod
+    @torch.no_grad()
+    def record(cls, model: EditableModel, texts: Sequence[str] | None = None) -> NextTokens:
+        """Run texts (by default the passages shipped with the package) under the weights of the moment.
+
+        Raises
+        ------
+        SettingError
+            If there is no text, or one without a token.
+        """
+        texts = tuple(passages() if texts is None else texts)
+        rows = [model.encode(text).ids for text in texts]
+        if not rows or not all(rows):
+            raise SettingError("drift: give at least one neutral text, and none that is empty.")
+        found: dict[int, Tensor] = {}
+        for chosen in batches([len(r) for r in rows]):
+            tokens = pad([rows[i] for i in chosen], model.pad_id, model.device)
+            with model.running():
+                states = model.hf.base_model(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).last_hidden_state
+            found |= {row: states[place, : len(rows[row])].cpu().clone() for place, row in enumerate(chosen)}
+        return cls(texts, tuple(found[row] for row in range(len(rows))))
+
+    def __repr__(self) -> str:
+        return f"NextTokens({len(self.texts)} texts, {sum(map(len, self.states))} distributions)"
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a model has moved from its unedited self after each round.
+
+    Parameters
+    ----------
+    texts : DataFrame
+        One row a round and neutral text: ``round``, ``text`` (number), ``tokens``, ``kl`` (nats a token), ``agreement`` (share of
+        places with the same likeliest token).
+    weights : DataFrame
+        One row a round and edited layer: ``round``, and what :func:`weight_growth` says.
+    """
+
+    texts: pd.DataFrame = field(repr=False)
+    weights: pd.DataFrame = field(repr=False)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a round.
+
+        ``kl`` is the mean over all places, ``kl_worst`` the largest mean of a text, both in nats a token; ``agreement`` is in
+        percent; ``norm_ratio`` and ``relative_change`` are of the edited layers' weights taken together.
+        """
+        rows = []
+        for t, seen in self.texts.groupby("round"):
+            share, layers = seen.tokens / seen.tokens.sum(), self.weights[self.weights["round"] == t]
+            before = layers.norm_before.pow(2)
+            rows.append(
+                {
+                    "round": t,
+                    "kl": (seen.kl * share).sum(),
+                    "kl_worst": seen.kl.max(),
+                    "agreement": (seen.agreement * share).sum() * 100,
+                    "norm_ratio": math.sqrt((before * layers.norm_ratio**2).sum() / before.sum()),
+                    "relative_change": math.sqrt((before * layers.relative_change**2).sum() / before.sum()),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        last = self.to_frame().iloc[-1]
+        return (
+            f"Drift(after round {last['round']:.0f}: KL {last.kl:.4f} nats a token on {self.texts.text.nunique()} neutral texts, "
+            f"‖W − W₀‖/‖W₀‖ {last.relative_change:.4f})"
+        )
+
+    def _repr_html_(self) -> str:
+        return table_html(self.to_frame(), head=self)
+
+
+@torch.no_grad()
+def next_token_drift(model: EditableModel, before: NextTokens) -> pd.DataFrame:
+    """Compare the next-token distributions of the moment with those recorded before.
+
+    KL(p_before ‖ p_now) = Σ_v p_before(v) log(p_before(v) / p_now(v)), averaged over all places of a text.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model, under the weights of the moment.
+    before : NextTokens
+        What it said before, on the same texts.
+
+    Returns
+    -------
+    DataFrame
+        One row a text: ``text`` (number), ``tokens``, ``kl`` in nats a token (infinite where the model is broken), ``agreement``.
+    """
+    now = NextTokens.record(model, before.texts)
+    rows = []
+    for number, (old, new) in enumerate(zip(before.states, now.states, strict=True)):
+        divergence, same = 0.0, 0
+        for a, b in zip(old.split(_ROWS), new.split(_ROWS), strict=True):
+            p, q = (model.logits_of_normed(x.to(model.device)).float().log_softmax(-1) for x in (a, b))
+            divergence += float((p.exp() * (p - q)).sum(-1).double().sum())
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        kl = max(divergence / len(old), 0.0) if math.isfinite(divergence) else math.inf
+        rows.append((number, len(old), kl, same / len(old)))
+    return pd.DataFrame(rows, columns=["text", "tokens", "kl", "agreement"])
+
+
+def session_drift(session: EditSession, round: int | None = None, texts: Sequence[str] | None = None) -> Drift:
+    """Measure the drift after every round, or one; what was measured before is remembered with the session.
+
+    Parameters
+    ----------
+    session : EditSession
+        The session.
+    round : int, optional
+        After which round; by default all, round 0 (no drift) included.
+    texts : sequence of str, optional
+        Neutral texts; the shipped passages by default.
+    """
+    chosen = tuple(passages() if texts is None else texts)
+    unedited = (0, "next tokens", chosen)
+    if unedited not in session.memo:
+        with session.at(0) as model:
+            session.memo[unedited] = NextTokens.record(model, chosen)
+    parts = []
+    for t in range(len(session) + 1) if round is None else [round]:
+        key = (t, "drift", chosen)
+        if key not in session.memo:
+            with session.at(t) as model:
+                session.memo[key] = next_token_drift(model, session.memo[unedited]), weight_growth(model, session.method.layers)
+        parts.append([table.assign(round=t) for table in session.memo[key]])
+    moved, grown = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
+    return Drift(moved, grown)

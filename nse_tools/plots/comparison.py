@@ -1,0 +1,98 @@
+"""Methods side by side: a measure against the number of edits, a line a method, a band over seeds."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from nse_tools.plots.theme import COLORS, faint, figure, plain
+
+if TYPE_CHECKING:
+    from nse_tools.evaluation import Comparison
+
+_DASHES = ("solid", "dash", "dot")
+_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down", "pentagon")
+_NAMES = {"score": "Score", "efficacy_accuracy": "accuracy on rewrites"}
+
+
+def comparison_curve(comparison: Comparison, measure: str = "score", facts_of: int | None = None, title: str | None = None) -> go.Figure:
+    """Draw a measure against the number of edits: a line a method (mean over seeds), a band from the lowest seed to the highest.
+
+    Perplexity has a logarithmic axis and starts at the unedited model; of other measures round 0 is left out.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        What :func:`nse_tools.compare` returned.
+    measure : str
+        As in :meth:`Comparison.curve`.
+    facts_of : int, optional
+        Only the facts of this round: the forgetting curve of those facts.
+    title : str, optional
+        Instead of the finding.
+    """
+    table = over_seeds(comparison.curve(measure, facts_of), with_unedited=measure == "perplexity")
+    name, of = _NAMES.get(measure, measure.replace("_", " ")), "" if facts_of is None else f", facts of round {facts_of}"
+    ends = table.groupby("method", sort=False).tail(1)
+    found = ", ".join(f"{method} {value:.1f}" for method, value in zip(ends.method, ends["mean"], strict=True))
+    unit = "" if measure == "perplexity" else " (percent)"
+    fig = figure(title or f"{name}{of} at the end: {found}", "facts edited so far", f"{name}{of}{unit}")
+    if not title and len(found) > 60:  # a long finding would run out of the figure
+        fig.update_layout(title_text=plain(f"{name}{of}"))
+    for number, (method, line) in enumerate(table.groupby("method", sort=False)):
+        _add_line(fig, str(method), line, number)
+    if measure == "perplexity":
+        fig.update_yaxes(type="log")
+    elif not measure.endswith("_magnitude"):
+        fig.update_yaxes(range=[0, 103])
+    fig.update_xaxes(rangemode="tozero")
+    fig.update_layout(legend={"x": 1.02, "y": 1, "xanchor": "left"}, width=860)
+    return fig
+
+
+def over_seeds(curve: pd.DataFrame, with_unedited: bool = False) -> pd.DataFrame:
+    """Return the table that is drawn: ``method``, ``edits``, and ``mean``, ``low`` and ``high`` over the seeds.
+
+    A point where only some seeds of a method have a value (another could not go on) is the mean of those.
+    """
+    shown = curve if with_unedited else curve[curve["round"] > 0]
+    groups = shown.groupby(["method", "edits"], sort=False).value
+    return groups.agg(mean="mean", low="min", high="max").reset_index()
+
+
+def _add_line(fig: go.Figure, method: str, line: pd.DataFrame, number: int) -> None:
+    color, name = COLORS[number % len(COLORS)], plain(method)
+    if not math.isfinite(line["mean"].iloc[-1]):
+        name += " (∞ at the end)"
+    finite = line[line.high < math.inf]
+    if (finite.high > finite.low).any():
+        fig.add_trace(
+            go.Scatter(
+                x=[*finite.edits, *finite.edits[::-1]],
+                y=[*finite.high, *finite.low[::-1]],
+                fill="toself",
+                fillcolor=faint(color),
+                line={"width": 0},
+                mode="lines",
+                hoverinfo="skip",
+                showlegend=False,
+                legendgroup=name,
+                name=f"{name}, seeds",
+            )
+        )
+    fig.add_trace(
+        go.Scatter(
+            x=finite.edits.tolist(),
+            y=finite["mean"].tolist(),
+            customdata=finite[["low", "high"]].to_numpy().tolist(),
+            mode="lines+markers",
+            line={"color": color, "dash": _DASHES[number // len(COLORS) % len(_DASHES)]},
+            marker={"symbol": _MARKERS[number % len(_MARKERS)], "size": 7},
+            name=name,
+            legendgroup=name,
+            hovertemplate="%{x} edits: %{y:.2f} (seeds %{customdata[0]:.2f} to %{customdata[1]:.2f})<extra>" + name + "</extra>",
+        )
+    )

@@ -1,0 +1,422 @@
+"""Comparisons on a small model: equal to sessions by hand, fair between methods, resumed where they were, refused where they differ."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from models_small import build
+from nse_tools.editing import EditSession, Method, ValueCache, methods
+from nse_tools.errors import FactError, SettingError, StateError
+from nse_tools.evaluation import Comparison, compare, forgetting_matrix, load_comparison, passages, session_scores
+from nse_tools.evaluation.comparing import rounds_to_test
+from nse_tools.evaluation.comparison_store import Cell
+from nse_tools.facts import Fact, FactList
+from nse_tools.models.weights import digest_of
+from nse_tools.tracing import sample_contexts, second_moments
+
+FACTS = FactList(
+    [
+        Fact("007", "Danielle Darrieux", "The mother tongue of {} is", "Rome", "French", neighborhood=("Berlin plays the",)),
+        Fact("NA", "Eiffel Tower", "The {} is in", "Japan", "Paris", None, ("Where is the Eiffel Tower? In",), ("The city of",)),
+        Fact("c", "São Paulo", "The city of {} is in", "Italy", "Brazil", paraphrases=("São Paulo? It is in",)),
+        Fact("d", "Berlin", "The capital, {}, plays the", "tongue", "piano", neighborhood=("Therefore I think",)),
+    ]
+)
+SETTINGS = {"preset": None, "layers": (1, 2), "v_num_grad_steps": 4, "mom2_update_weight": 0.1}
+NSE, MEMIT = methods.nse(**SETTINGS), methods.memit(**SETTINGS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the key statistics of these made-up models out of the user's cache, and take perplexity on two passages only."""
+    short = passages()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NSE_TOOLS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(sys.modules["nse_tools.evaluation.perplexity"], "passages", lambda: short)
+        yield
+
+
+def run(chosen: list[Method | str], model=None, facts: FactList = FACTS, **options) -> Comparison:
+    return compare(model or build("llama", "bos"), facts, chosen, progress=False, **{"rounds_of": 2, "value_cache": False, **options})
+
+
+@pytest.fixture(scope="module")
+def result(_small: None) -> Comparison:
+    return run([NSE, MEMIT], rounds_of=1, seeds=(0, 3))
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    return {str(f.relative_to(folder)): (f.read_bytes(), f.stat().st_mtime_ns) for f in files}
+
+
+# ---- what it says ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("method", "seed"), [(NSE, 0), (MEMIT, 3)])
+def test_a_cell_equals_a_session_run_by_hand(result: Comparison, method: Method, seed: int) -> None:
+    model = build("llama", "bos")
+    moments = second_moments(model, method.layers, seed=seed, progress=False)
+    by_hand = EditSession(model, method, contexts=sample_contexts(model, seed), moments=moments, progress=False, value_cache=False)
+    by_hand.edit_all(FACTS, rounds_of=1)
+    expected = session_scores(by_hand).set_index("round")
+    for measure in ("score", "efficacy", "efficacy_accuracy", "generalization_magnitude", "specificity_agreement", "perplexity"):
+        curve = result.curve(measure)
+        own = curve[(curve.method == method.name) & (curve.seed == seed) & (curve["round"] > 0)]
+        assert own.edits.tolist() == [1, 2, 3, 4]
+        assert own.value.tolist() == pytest.approx(expected[measure].loc[1:].tolist(), abs=2e-4, rel=1e-5, nan_ok=True), measure
+    matrix = forgetting_matrix(by_hand, "efficacy_magnitude").per_fact
+    found = result.scores[(result.scores.method == method.name) & (result.scores.seed == seed) & (result.scores["round"] > 0)]
+    joined = matrix.merge(found, left_on=["after_round", "edited_in_round", "fact"], right_on=["round", "edited_in_round", "fact"])
+    assert len(joined) == len(matrix) == len(found) == 10
+    assert joined.value.tolist() == pytest.approx(joined.efficacy_magnitude.tolist(), abs=2e-4)
+
+
+def test_the_methods_do_differ_and_the_seeds_do(result: Comparison) -> None:
+    ends = result.ends().set_index(["method", "seed"]).efficacy_magnitude
+    assert ends.nunique() == 4
+
+
+def test_the_unedited_model_is_the_same_for_all(result: Comparison) -> None:
+    before = result.scores[result.scores["round"] == 0]
+    assert before.groupby("fact").efficacy_magnitude.nunique().tolist() == [1] * 4
+    assert before.groupby("fact").size().tolist() == [4] * 4
+    assert result.rounds[result.rounds["round"] == 0].perplexity.nunique() == 1
+
+
+def test_the_long_table_has_a_row_a_number(result: Comparison) -> None:
+    long = result.to_frame()
+    assert list(long.columns) == ["method", "seed", "round", "edited_in_round", "fact", "measure", "value"]
+    assert not long.duplicated(list(long.columns[:-1])).any()
+    assert len(long) == int(result.scores[result.measures].notna().to_numpy().sum())
+
+
+def made_up() -> Comparison:
+    """Two methods, two seeds, two rounds of one fact, in numbers that can be reckoned by hand."""
+    cells = []
+    for name, seed, end in (("a", 0, 80.0), ("a", 1, 60.0), ("<b>", 0, 0.0), ("<b>", 1, 0.0)):
+        rows = [(0, 1, "x", 0.0), (0, 2, "y", 0.0), (1, 1, "x", 100.0), (2, 1, "x", end), (2, 2, "y", 100.0)]
+        scores = pd.DataFrame(rows, columns=["round", "edited_in_round", "fact", "efficacy"])
+        scores = scores.assign(efficacy_accuracy=scores.efficacy, generalization=scores.efficacy, specificity=50.0)
+        rounds = pd.DataFrame(
+            {"round": [0, 1, 2], "edits": [0, 1, 2], "perplexity": [10.0, 11.0, np.inf if name == "<b>" else 12.0 + seed]}
+        )
+        rounds = rounds.assign(facts=[0, 1, 1], seconds=[np.nan, 4.0, 2.0], cached=[np.nan, 0, 1 if name == "a" else 0])
+        cells.append(Cell({"name": name}, seed, scores, rounds))
+    return Comparison.of(cells, {"model": "made up", "methods": ["a", "<b>"]})
+
+
+def test_summary_by_hand() -> None:
+    table = made_up().summary().set_index("method")
+    assert table.index.tolist() == ["unedited", "a", "<b>"]
+    assert (table.efficacy["a"], table.efficacy_sd["a"]) == pytest.approx((85.0, np.std([90, 80], ddof=1)))
+    assert table.score["a"] == pytest.approx(np.mean([3 / (1 / 90 + 1 / 90 + 1 / 50), 3 / (1 / 80 + 1 / 80 + 1 / 50)]))
+    assert (table.first_round_accuracy["a"], table.last_round_accuracy["a"], table.first_round_accuracy["<b>"]) == (70, 100, 0)
+    assert table.perplexity.tolist() == [10, 12.5, np.inf]
+    assert table.seconds_per_edit.tolist()[1:] == [4, 3]  # the round with a value from the cache does not count
+    assert table.edits.tolist() == [0, 2, 2]
+    assert (table.efficacy["unedited"], table.specificity["unedited"], table.score["unedited"]) == (0, 50, 0)
+
+
+def test_curves_by_hand() -> None:
+    curve = made_up().curve("efficacy", facts_of=1).set_index(["method", "seed", "round"]).value.sort_index()
+    assert curve["a", 0].tolist() == [0, 100, 80]
+    assert made_up().curve("efficacy").set_index(["method", "seed"]).value.sort_index()["a", 1].tolist() == [0, 100, 80]
+    assert made_up().curve("perplexity").value.tolist()[:3] == [10, 11, 12]
+    with pytest.raises(SettingError, match="Did you mean 'efficacy'"):
+        made_up().curve("eficacy")
+    with pytest.raises(SettingError, match="rounds 1 to 2"):
+        made_up().curve("efficacy", facts_of=3)
+
+
+def test_the_matrix_of_a_cell_by_hand() -> None:
+    matrix = made_up().forgetting("a", 1, "efficacy")
+    np.testing.assert_array_equal(matrix.values, [[100, np.nan], [60, 100]])
+    assert matrix.curve().tolist() == [100, 80]
+    with pytest.raises(SettingError, match="not in this comparison"):
+        made_up().forgetting("c")
+
+
+def test_it_shows_itself_and_escapes_names() -> None:
+    assert repr(made_up()).startswith("Comparison(2 methods, 2 seeds, 2 edits: score unedited 0.0, a ")
+    page = made_up()._repr_html_()
+    assert "85.0 ± 7.1" in page
+    assert "<b>" not in page.replace("&lt;b&gt;", "")
+    assert "&lt;b&gt;" in page
+
+
+# ---- fairness --------------------------------------------------------------------------------------------------------
+def test_the_weights_are_put_back_bit_for_bit_also_when_interrupted() -> None:
+    model = build("llama", "bos")
+    before = digest_of(model, range(4))
+    run([NSE, MEMIT], model)
+    assert digest_of(model, range(4)) == before
+    rounds = 0
+
+    def stop(*_: object) -> None:
+        nonlocal rounds
+        rounds += digest_of(model, range(4)) != before  # in the middle of a cell: something was edited
+        if rounds:
+            raise KeyboardInterrupt
+
+    handle = model.layer(3).register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run([NSE, MEMIT], model)
+    handle.remove()
+    assert rounds
+    assert digest_of(model, range(4)) == before
+
+
+def test_anything_else_that_changed_in_the_model_is_an_error(tmp_path: Path) -> None:
+    model = build("llama", "bos")
+    norm = model.hf.model.norm.weight
+
+    def drift(*_: object) -> None:
+        norm.data[0] += 1e-3
+
+    handle = model.hf.model.norm.register_forward_hook(drift)
+    with pytest.raises(StateError, match="'nse' left the model other than it was"):
+        run([NSE], model, folder=tmp_path)
+    handle.remove()
+    assert not list(tmp_path.rglob("cell.json"))
+
+
+def test_an_edited_model_is_refused() -> None:
+    model = build("llama", "bos")
+    session = EditSession(model, NSE, progress=False)
+    session.edit(FACTS[:1])
+    with pytest.raises(StateError, match=r"edits in layers \[1, 2\]"):
+        run([NSE], model)
+    session.undo()
+    run([NSE], model, FACTS[:1])
+
+
+def test_a_method_that_cannot_go_on_is_marked_and_the_others_go_on() -> None:
+    broken = NSE.with_(name="broken", max_condition=1.0)
+    result = run([broken, MEMIT])
+    assert result.stopped[["method", "seed", "after_round"]].to_numpy().tolist() == [["broken", 0, 0]]
+    assert "condition" in result.stopped.why[0]
+    table = result.summary().set_index("method")
+    assert table.edits.to_dict() == {"unedited": 0, "broken": 0, "memit": 4}
+    assert table.score.notna().to_dict() == {"unedited": True, "broken": False, "memit": True}
+    assert "could not go on" in repr(result)
+
+
+def test_shuffled_seeds_have_orders_of_their_own_and_methods_share_them(tmp_path: Path) -> None:
+    result = run([NSE, MEMIT], seeds=(0, 1), shuffle=True, folder=tmp_path)
+    own = result.scores[result.scores["round"] == 0].set_index(["method", "seed", "fact"]).edited_in_round.sort_index()
+    for seed in (0, 1):
+        assert own["nse", seed].to_dict() == own["memit", seed].to_dict()
+        noted = json.loads((tmp_path / "seeds" / f"seed{seed}.json").read_text())
+        assert noted["facts"] == FACTS.shuffled(seed).ids
+        assert noted["contexts"] == list(sample_contexts(build("llama", "bos"), seed).prefixes)
+    assert own["nse", 0].to_dict() != own["nse", 1].to_dict()
+
+
+# ---- which rounds, which methods -------------------------------------------------------------------------------------
+def test_rounds_to_test() -> None:
+    assert rounds_to_test(5, None) == [1, 2, 3, 4, 5]
+    assert rounds_to_test(5, 2) == [2, 4, 5]
+    assert rounds_to_test(5, [1, 3]) == [1, 3, 5]
+    assert rounds_to_test(5, 9) == [5]
+    for wrong in (0, -1, [], [6], [0], [1.5]):
+        with pytest.raises(SettingError, match="test_at"):
+            rounds_to_test(5, wrong)
+
+
+def test_a_method_that_stops_between_two_tests_is_tested_where_it_stopped() -> None:
+    seq = methods.memit_seq(**SETTINGS).with_(mom2_update_weight=1e-3)
+    model = build("llama", "bos")
+    moments = second_moments(model, seq.layers, progress=False)
+    by_hand = EditSession(model, seq, contexts=sample_contexts(model), moments=moments, progress=False, value_cache=False)
+    by_hand.edit_all(FACTS, rounds_of=1)
+    conditions = [done.to_frame().condition.max() for done in by_hand.rounds]
+    stop = next(number for number, condition in enumerate(conditions) if condition > 1.01 * max(conditions[:number], default=np.inf))
+    result = run([seq.with_(max_condition=1.005 * max(conditions[:stop]))], rounds_of=1, test_at=[4])
+    assert result.stopped.after_round.tolist() == [stop]
+    assert result.rounds["round"].tolist() == list(range(stop + 1))
+    tested = result.scores[result.scores["round"] > 0]
+    assert tested.fact.tolist() == FACTS.ids[:stop]
+    assert tested["round"].unique().tolist() == [stop]
+    row = by_hand.scores(round=stop, with_perplexity=False)
+    assert result.ends().efficacy_magnitude[0] == pytest.approx(row.efficacy_magnitude[0], abs=2e-4)
+
+
+def test_rounds_that_are_not_tested_are_in_the_rounds_only() -> None:
+    result = run([NSE], rounds_of=1, test_at=[2])
+    assert sorted(result.scores["round"].unique()) == [0, 2, 4]
+    assert result.rounds["round"].tolist() == [0, 1, 2, 3, 4]
+    assert result.rounds.perplexity.notna().tolist() == [True, False, True, False, True]
+    assert result.rounds.seconds[1:].gt(0).all()
+    with pytest.raises(SettingError, match=r"tested were \[2, 4\]"):
+        result.forgetting("nse")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "options", "said"),
+    [
+        ([NSE, NSE.with_(passes=1)], {}, "doubled: \\['nse'\\]"),
+        ([NSE.with_(name="unedited")], {}, "unedited"),
+        ([], {}, "at least one"),
+        ([NSE], {"seeds": (0, 0)}, "seeds"),
+        ([NSE], {"seeds": ()}, "seeds"),
+        (["nse"], {}, "preset 'smollm2-135m' was made for"),  # by name, with the preset of another model
+        (["memitt"], {}, "Did you mean 'memit'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(chosen: list, options: dict, said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        run(chosen, **options)
+
+
+def test_no_facts_are_refused() -> None:
+    with pytest.raises(FactError, match="no facts"):
+        run([NSE], facts=FactList([]))
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+def test_a_finished_comparison_is_read_not_made_again(tmp_path: Path) -> None:
+    cache = ValueCache(tmp_path / "values")
+    first = run([NSE, MEMIT], folder=tmp_path / "run", value_cache=cache)
+    for file in cache.folder.iterdir():
+        os.utime(file, ns=(1, 1))  # a value that is read is marked as used now
+    before = contents(tmp_path / "run")
+    again = run([NSE, MEMIT], folder=tmp_path / "run", value_cache=cache)
+    assert {name: held for name, held in contents(tmp_path / "run").items() if name != "comparison.json"} == {
+        name: held for name, held in before.items() if name != "comparison.json"
+    }
+    assert {f.stat().st_mtime_ns for f in cache.folder.iterdir()} == {1}
+    loaded = load_comparison(tmp_path / "run")
+    for table in ("scores", "rounds"):
+        pd.testing.assert_frame_equal(getattr(again, table), getattr(first, table), check_dtype=False, check_exact=True)
+        pd.testing.assert_frame_equal(getattr(loaded, table), getattr(first, table), check_dtype=False, check_exact=True)
+    pd.testing.assert_frame_equal(loaded.summary(), first.summary(), check_dtype=False)
+    assert loaded.about == first.about
+    assert loaded.methods == first.methods
+    assert set(loaded.scores.fact) == {"007", "NA", "c", "d"}
+
+
+_KILLED = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+torch.set_num_threads(1)
+from test_comparison import FACTS, MEMIT, NSE, build, compare
+third = MEMIT.with_(name="third", v_num_grad_steps=2000)
+compare(build("llama", "bos"), FACTS, [NSE, MEMIT, third], rounds_of=2, folder=sys.argv[1], progress=False, value_cache=False)
+"""
+
+
+def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+    folder, here = tmp_path / "run", Path(__file__)
+    killed = subprocess.Popen([sys.executable, "-c", _KILLED, str(folder), str(here.parent), str(here.parents[1])], env={**os.environ})
+    try:
+        deadline = time.monotonic() + 300
+        while len(list((folder / "cells").glob("*/cell.json")) if folder.exists() else []) < 2 and killed.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    before = contents(folder / "cells")
+    assert {name.split("/")[0] for name in before} == {"nse-seed0", "memit-seed0"}
+    assert load_comparison(folder).rounds.method.unique().tolist() == ["nse", "memit"]
+    third = MEMIT.with_(name="third", passes=2)
+    resumed = run([NSE, MEMIT, third], folder=folder)
+    after = contents(folder / "cells")
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 9
+    whole = run([NSE, MEMIT, third])
+    columns = resumed.measures
+    assert resumed.scores[columns].to_numpy() == pytest.approx(whole.scores[columns].to_numpy(), abs=2e-4, nan_ok=True)
+
+
+def test_other_facts_settings_or_model_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    run([NSE], folder=tmp_path)
+    before = contents(tmp_path)
+    changed = FactList([*FACTS[:3], Fact("d", "Berlin", "The capital, {}, plays the", "Rome", "piano")])
+    for options, said in [
+        ({"facts": FACTS[:3]}, r"facts\.n is 4 there, 3 was asked for"),
+        ({"facts": changed}, r"facts\.digest is"),
+        ({"rounds_of": 1}, "rounds_of is 2 there, 1 was asked for"),
+        ({"test_at": 2}, r"test_at is \[1, 2\] there"),
+        ({"shuffle": True}, "shuffle is False there"),
+        ({"model": build("llama", "bos", seed=2)}, "model_fingerprint"),
+    ]:
+        with pytest.raises(SettingError, match=said):
+            run([NSE], folder=tmp_path, **options)
+    with pytest.raises(SettingError, match="other settings of 'nse': passes is 2 there, 1 was asked for"):
+        run([NSE.with_(passes=1)], folder=tmp_path)
+    after = contents(tmp_path)
+    assert {name: held[0] for name, held in after.items()} == {name: held[0] for name, held in before.items()}
+
+
+def test_methods_and_seeds_can_be_added_later(tmp_path: Path) -> None:
+    run([MEMIT], folder=tmp_path)
+    both = run([NSE, MEMIT], folder=tmp_path, seeds=(0, 1))
+    assert both.rounds.method.unique().tolist() == ["nse", "memit"]
+    loaded = load_comparison(tmp_path)
+    assert list(loaded.methods) == ["memit", "nse"]
+    assert loaded.seeds == [0, 1]
+    assert run([NSE], folder=tmp_path).rounds.method.unique().tolist() == ["nse"]
+
+
+def test_other_key_statistics_than_those_of_finished_cells_are_refused(tmp_path: Path) -> None:
+    run([MEMIT], folder=tmp_path)
+    noted = tmp_path / "seeds" / "seed0.json"
+    data = json.loads(noted.read_text())
+    data["moments"]["2"] = "0" * 32
+    noted.write_text(json.dumps(data))
+    with pytest.raises(SettingError, match="seed 0: the key statistics C of layers 2"):
+        run([NSE, MEMIT], folder=tmp_path)
+
+
+def test_noted_contexts_are_used_again(tmp_path: Path) -> None:
+    run([MEMIT], folder=tmp_path)
+    noted = tmp_path / "seeds" / "seed0.json"
+    data = json.loads(noted.read_text())
+    data["contexts"] = ["", "The city of. "]
+    noted.write_text(json.dumps(data))
+    other = run([NSE], folder=tmp_path)
+    assert other.ends().efficacy_magnitude[0] != run([NSE]).ends().efficacy_magnitude[0]
+
+
+def test_damaged_and_missing_files_are_said(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="holds no comparison"):
+        load_comparison(tmp_path)
+    run([NSE, MEMIT.with_(name="../odd name")], folder=tmp_path / "run")
+    places = sorted(f.name for f in (tmp_path / "run" / "cells").iterdir())
+    assert len(places) == 2
+    assert places[0].startswith("_odd_name-")
+    file = tmp_path / "run" / "cells" / "nse-seed0" / "scores.csv"
+    file.write_text(file.read_text().replace("007", "008"))
+    with pytest.raises(SettingError, match=r"nse-seed0 is damaged \(scores.csv changed"):
+        load_comparison(tmp_path / "run")
+    with pytest.raises(SettingError, match="damaged"):
+        run([NSE], folder=tmp_path / "run")
+
+
+def test_an_unfinished_cell_is_not_read(tmp_path: Path) -> None:
+    run([NSE], folder=tmp_path)
+    scratch = tmp_path / "cells" / ".writing-x" / "new"
+    scratch.mkdir(parents=True)
+    (scratch / "cell.json").write_text("{")
+    assert list(load_comparison(tmp_path).methods) == ["nse"]
+
+
+def test_the_manifest_says_what_was_compared(tmp_path: Path) -> None:
+    run([NSE], folder=tmp_path)
+    about = json.loads((tmp_path / "comparison.json").read_text())
+    assert about["machine"]["threads"] == torch.get_num_threads()
+    assert about["facts"]["ids"] == FACTS.ids
+    assert set(about["versions"]) == {"nse_tools", "torch", "transformers", "nnsight"}
