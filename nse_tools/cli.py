@@ -172,7 +172,7 @@ def comparison_table(comparison: Comparison) -> Table:
     title = f"after the last round, on {comparison.about['model']}, seeds {', '.join(map(str, comparison.seeds))}"
     table = Table(title=title, caption=_COMPARED, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for column in shown.columns:
-        table.add_column(_HEADS[column], justify="left" if column == "method" else "right", overflow="fold")
+        table.add_column(_HEADS[column], justify="left" if column == "method" else "right", overflow="fold", no_wrap=column == "method")
     for row in shown.itertuples(index=False):
         table.add_row(*(escape(cell.replace(" ± ", "±")) for cell in row))
     return table

@@ -149,6 +149,8 @@ def calibrate(
     ------
     FactError
         If there are fewer than three facts.
+    SettingError
+        If the given layers are not ascending.
     ModelError
         If a given layer does not exist, or every layer where facts are looked up writes the attention sink.
     """
@@ -191,7 +193,7 @@ def _layers(
     recovered = trace.recovered() if trace else None
     if given is not None:
         model.check_layers(given)
-        chosen, why = tuple(given), "Given."
+        chosen, why = Method("given", tuple(given)).layers, "Given."
     else:
         chosen = rules.propose_layers(recovered, ratio)
         why = _why_layers(chosen, recovered)

@@ -367,7 +367,7 @@ class EditSession:
             with watch.time("values"):
                 values = compute_values(model, facts, self.contexts, method, progress=self.progress, cache=self.value_cache)
         first = None
-        if method.spread == "ends":
+        if method.spread == "ends" and len(method.edited_layers) > 1:
             with watch.time("values"):
                 at_first = method.with_(layers=method.layers[:1])
                 first = compute_values(model, facts, self.contexts, at_first, progress=self.progress, cache=self.value_cache)

@@ -145,11 +145,9 @@ def preserved_moments(method: Method, moments: SecondMoments) -> dict[int, Prese
 
 
 def _preserved(method: Method, layer: int, moments: Tensor) -> PreservedMoments:
-    projected = method.solver == "null_space"
-    space = None
-    if projected or method.multiplier == "null_space":
-        space = NullSpace(layer, moments, method.nullspace_threshold, method.nullspace_unit)
-    if projected and space is not None:
+    needed = "null_space" in (method.solver, method.multiplier)
+    space = NullSpace(layer, moments, method.nullspace_threshold, method.nullspace_unit) if needed else None
+    if space is not None and method.solver == "null_space":
         return ProjectedMoments(space, moments, method.ridge)
     return PreservedMoments(layer, moments, method.mom2_update_weight, ridge=method.ridge, space=space)
 

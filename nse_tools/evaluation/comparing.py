@@ -128,10 +128,11 @@ def rounds_to_test(n_rounds: int, test_at: int | Iterable[int] | None) -> list[i
     SettingError
         If a number is not a round of the stream.
     """
-    if test_at is None:
-        return list(range(1, n_rounds + 1))
-    wanted = set(range(test_at, n_rounds + 1, test_at)) | {n_rounds} if isinstance(test_at, int) and test_at > 0 else test_at
-    wanted = set() if isinstance(wanted, int) else set(wanted)
+    every = 1 if test_at is None else test_at
+    if isinstance(every, int):
+        wanted = {*range(every, n_rounds, every), n_rounds} if every > 0 else set()
+    else:
+        wanted = set(every)
     if not wanted or not all(isinstance(t, int) and 1 <= t <= n_rounds for t in wanted):
         raise SettingError(f"test_at={test_at!r}: expected a number k (each k-th round) or rounds from 1 to {n_rounds}.")
     return sorted({*wanted, n_rounds})

@@ -13,7 +13,7 @@ from calibration_check import beside_preset
 from known_small import known_to
 from models_small import CONTEXTS, FACTS, build, moments_for
 from nse_tools.editing import Calibration, EditSession, Keys, calibrate, collect_keys, hidden_states, proposals
-from nse_tools.errors import FactError, ModelError
+from nse_tools.errors import FactError, ModelError, SettingError
 from nse_tools.facts import FactList, known_facts
 from nse_tools.models import EditableModel
 from nse_tools.models.weights import digest_of
@@ -164,11 +164,13 @@ def test_it_shows_itself_and_escapes(model: EditableModel) -> None:
     assert found.trace is None
 
 
-def test_too_few_facts_are_refused(model: EditableModel) -> None:
+def test_too_few_facts_and_wrong_layers_are_refused(model: EditableModel) -> None:
     with pytest.raises(FactError, match="2 facts are too few to judge by; give at least 3"):
         run(model, known_to(model)[:2])
     with pytest.raises(ModelError, match="no layer 9"):
         run(model, known_to(model), layers=(9,))
+    with pytest.raises(SettingError, match="ascending"):
+        run(model, known_to(model), layers=(2, 1))
 
 
 @pytest.mark.parametrize(
