@@ -242,7 +242,7 @@ def test_facts_are_learned_by_the_embedded_model(smollm: EditableModel) -> None:
         ]
     )
     before = [smollm.next_tokens(f.text, k=1).token[0].strip() for f in facts]
-    values, _ = fine_tune(smollm, methods.ft(), facts, Contexts(("",)))
+    values, _ = fine_tune(smollm, methods.ft(ft_lr=5e-4), facts, Contexts(("",)))
     assert before != ["Rome", "English"]
     assert [smollm.next_tokens(f.text, k=1).token[0].strip() for f in facts] == ["Rome", "English"]
     assert values.to_frame().probability.min() > 0.5
