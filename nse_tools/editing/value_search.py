@@ -101,9 +101,9 @@ class _Batch:
                 yield number, row.prompt.target_start - 1 + i - starts[number], token, 1 / len(row.targets)
 
     def terms(self, delta: Tensor, kl_factor: float, backward: bool, count_missed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return each fact's share of the NLL and KL terms and of p(target) from this batch's rows, each (n_facts,).
+        """Return each fact's share of NLL, KL and p(target) from this batch's rows, and its missed targets, each (n_facts,).
 
-        The last is the number of target tokens that are not the argmax, if ``count_missed``; else 0.
+        Missed are target tokens that are not the argmax, counted only with ``count_missed``.
 
         With ``backward``, the gradient of NLL + kl_factor·KL is added to ``delta.grad``. Its part up to the logits is written
         down, which spares several passes over (predictions, vocabulary): ∂(−log p_t)/∂logits = p − 1_t, and
@@ -333,7 +333,7 @@ def _replays(batch: SuffixBatch) -> bool:
     except (RuntimeError, IndexError, ValueError) as refused:  # an attention of the model's own, which knows no packed rows
         _log.info("%s cannot be replayed this way: %s", batch.model.name, refused)
         return False
-    real = torch.arange(replayed.shape[1], device=replayed.device)[None] < (rows.at + 1)[:, None]
+    real = torch.arange(replayed.shape[1], device=replayed.device)[None] < rows.lengths[:, None]
     return bool((replayed - rows.final)[real].norm() <= 1e-3 * rows.final[real].norm())
 
 

@@ -15,15 +15,15 @@ from nse_tools._show import table_html
 from nse_tools.errors import SettingError, nearest
 from nse_tools.evaluation.comparison_store import Cell, ComparisonFolder
 from nse_tools.evaluation.forgetting import ForgettingMatrix, matrix_of
-from nse_tools.evaluation.scores import _SCORED, _ZSRE, harmonic_mean
+from nse_tools.evaluation.scores import SCORED, ZSRE_SCORED, harmonic_mean
 
 UNEDITED = "unedited"
-SCORES = {"score": _SCORED, "score_token_accuracy": _ZSRE}
+SCORES = {"score": SCORED, "score_token_accuracy": ZSRE_SCORED}
 """Harmonic means, and of which measures."""
 KEYS = ("method", "seed", "round", "edited_in_round", "fact")
 _SUMMARY = {
-    "score": tuple(name for measure in _SCORED for name in (measure, f"{measure}_accuracy")),
-    "score_token_accuracy": _ZSRE,
+    "score": tuple(name for measure in SCORED for name in (measure, f"{measure}_accuracy")),
+    "score_token_accuracy": ZSRE_SCORED,
     "efficacy_accuracy": ("generalization_accuracy",),
     "perplexity": ("first_round_accuracy", "last_round_accuracy", "seconds_per_edit"),
 }

@@ -54,9 +54,9 @@ class FactScores:
         where there are locality questions, that of zsRE's three measures.
         """
         means = self.per_fact().mean(numeric_only=True) * 100
-        scores = {"score": harmonic_mean([means.get(m, np.nan) for m in _SCORED])}
-        if _ZSRE[-1] in means:
-            scores["score_token_accuracy"] = harmonic_mean([means.get(m, np.nan) for m in _ZSRE])
+        scores = {"score": harmonic_mean([means.get(m, np.nan) for m in SCORED])}
+        if ZSRE_SCORED[-1] in means:
+            scores["score_token_accuracy"] = harmonic_mean([means.get(m, np.nan) for m in ZSRE_SCORED])
         return pd.concat([pd.Series(scores), means])
 
     def of(self, fact_ids: Sequence[str]) -> FactScores:
@@ -69,7 +69,7 @@ class FactScores:
 
     def __repr__(self) -> str:
         s = self.summary()
-        names = ("score_token_accuracy", *_ZSRE) if np.isnan(s["score"]) and _ZSRE[-1] in s else ("score", *_SCORED)
+        names = ("score_token_accuracy", *ZSRE_SCORED) if np.isnan(s["score"]) and ZSRE_SCORED[-1] in s else ("score", *SCORED)
         shown = ", ".join(f"{name} {s[name]:.1f}" for name in names if name in s)
         return f"FactScores({self.prompts.fact.nunique()} facts, {len(self.prompts)} prompts: {shown})"
 
@@ -77,8 +77,10 @@ class FactScores:
         return table_html(self.summary().to_frame("percent").T, head=self)
 
 
-_SCORED = ("efficacy", "generalization", "specificity")
-_ZSRE = ("efficacy_token_accuracy", "generalization_token_accuracy", "locality_token_accuracy")
+SCORED = ("efficacy", "generalization", "specificity")
+"""Score is the harmonic mean of these."""
+ZSRE_SCORED = ("efficacy_token_accuracy", "generalization_token_accuracy", "locality_token_accuracy")
+"""And ``score_token_accuracy`` of these, as zsRE is measured."""
 
 
 def score_facts(

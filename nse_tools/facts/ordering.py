@@ -34,13 +34,7 @@ def packed_order(keys: np.ndarray) -> list[int]:
     SettingError
         If the keys are not a matrix of finite rows that are not zero.
     """
-    unit = _unit_rows(keys)
-    order = [0][: len(unit)]
-    left = np.ones(len(unit), dtype=bool)
-    left[:1] = False
-    while left.any():
-        order.append(_best(unit @ unit[order[-1]], left))
-    return order
+    return _walk(keys, remembered=0.0, towards=1.0)
 
 
 def spread_order(keys: np.ndarray) -> list[int]:
@@ -63,14 +57,19 @@ def spread_order(keys: np.ndarray) -> list[int]:
     SettingError
         If the keys are not a matrix of finite rows that are not zero.
     """
+    return _walk(keys, remembered=_REMEMBERED, towards=-1.0)
+
+
+def _walk(keys: np.ndarray, remembered: float, towards: float) -> list[int]:
+    """Go from fact to fact, always to the one most (``towards`` 1) or least (−1) like the faded sum of those before."""
     unit = _unit_rows(keys)
     order = [0][: len(unit)]
     left = np.ones(len(unit), dtype=bool)
     left[:1] = False
     before = np.zeros(unit.shape[1])
     while left.any():
-        before = _REMEMBERED * before + unit[order[-1]]
-        order.append(_best(-(unit @ before), left))
+        before = remembered * before + unit[order[-1]]
+        order.append(_best(towards * (unit @ before), left))
     return order
 
 
