@@ -10,7 +10,8 @@ from nse_tools.editing.null_space import NullSpace
 from nse_tools.editing.ordering import order_facts
 from nse_tools.editing.rounds import EditPass, EditRound, LayerStep
 from nse_tools.editing.session import EditSession
-from nse_tools.editing.solvers import LayerUpdate, PreservedMoments, solve_update
+from nse_tools.editing.solvers import PreservedMoments, solve_update
+from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.updating import write_values
 from nse_tools.editing.value_cache import ValueCache
 from nse_tools.editing.values import TargetValues, compute_values

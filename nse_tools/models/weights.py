@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nse_tools.errors import ModelError
+from nse_tools.models.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from nse_tools.models.editable import EditableModel
@@ -92,10 +93,16 @@ def weights_in_place(model: EditableModel, weights: Mapping[int, Tensor]) -> Ite
     """
     before = {index: copy_of(model.weight(index)) for index in weights}
     try:
-        write_weights(model, weights)
-        yield
-    finally:
-        write_weights(model, before)
+        try:
+            write_weights(model, weights)
+            yield
+        finally:
+            with uninterrupted():
+                write_weights(model, before)
+    except BaseException:  # an interrupt may have come just before the line that holds interrupts back
+        with uninterrupted():
+            write_weights(model, before)
+        raise
 
 
 @torch.no_grad()
@@ -112,9 +119,14 @@ def copy_of(weight: Tensor) -> Tensor:
 
 def digest_of(model: EditableModel, layers: Iterable[int]) -> str:
     """Return a hash of the present down-projection weights of some layers."""
+    return digest_of_weights(model.weight(index) for index in layers)
+
+
+def digest_of_weights(weights: Iterable[Tensor]) -> str:
+    """Return a hash of (d_model, d_ff) weights, in their order, wherever they are."""
     digest = hashlib.blake2b(digest_size=16)
-    for index in layers:
-        digest.update(bytes_of(copy_of(model.weight(index))))
+    for weight in weights:
+        digest.update(bytes_of(copy_of(weight)))
     return digest.hexdigest()
 
 
