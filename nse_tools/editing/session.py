@@ -207,7 +207,7 @@ class EditSession(TimeTravel):
         return pd.concat([r.residuals() for r in self.rounds], ignore_index=True) if self.rounds else pd.DataFrame()
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a round: facts, passes, facts skipped, mean residual before and after, ‖ΔW‖, seconds, values cached, approximate."""
+        """Return one row a round: facts, passes, facts skipped, residuals, ‖ΔW‖, seconds, values from the cache, approximate."""
         rows = []
         for r in self.rounds:
             before = r.residuals().query("step == 0").residual.mean()

@@ -22,6 +22,7 @@ from nse_tools.editing.turns import Turn
 from nse_tools.editing.verification import Verification, verify_past
 from nse_tools.errors import SettingError, StateError
 from nse_tools.models import EditableModel
+from nse_tools.models.interrupts import surely_afterwards
 from nse_tools.models.weights import copy_of, digest_of, digest_of_weights, weights_in_place, write_weights
 
 
@@ -128,7 +129,12 @@ class TimeTravel(SessionState):
         StateError
             If the model is being looked at as of another round.
         """
-        self._take_turn()
+        if self._turn.looked_at is not None:
+            self._turn.check(self)
+        weights = self.weights_at(len(self))
+        with all_or_nothing(self.model, self.method.layers, lambda: self._turn.holder):
+            write_weights(self.model, weights)
+            self._turn.holder = self
 
     # ---- branches ----------------------------------------------------------------------------------------------------
     def branch(self, name: str | None = None, model: EditableModel | None = None) -> Self:
@@ -170,7 +176,7 @@ class TimeTravel(SessionState):
             If somebody other than a branch changed the edited weights.
         """
         self._turn.check(self, own=False)
-        self._take_turn()
+        self.restore()
 
     @contextmanager
     def active(self) -> Iterator[Self]:
@@ -181,14 +187,11 @@ class TimeTravel(SessionState):
         StateError
             If somebody other than a branch changed the edited weights.
         """
-        self._turn.check(self, own=False)
         before = self._turn.holder
-        try:
-            self._take_turn()
+        self._turn.check(self, own=False)
+        with surely_afterwards(before.restore):
+            self.restore()
             yield self
-        finally:
-            if isinstance(before, TimeTravel):
-                before._take_turn()
 
     # ---- one round out or over ---------------------------------------------------------------------------------------
     def drop(self, round: int) -> EditRound:
@@ -307,14 +310,6 @@ class TimeTravel(SessionState):
             )
         return weights
 
-    def _take_turn(self) -> None:
-        if self._turn.looked_at is not None:
-            self._turn.check(self)
-        weights = self.weights_at(len(self))
-        with all_or_nothing(self.model, self.method.layers, lambda: self._turn.holder):
-            write_weights(self.model, weights)
-            self._turn.holder = self
-
     def _move_into(self, model: EditableModel) -> None:
         """Go on with this past on another model, which holds the same original weights and no edits."""
         if model is self.model or model.fingerprint() != self.model.fingerprint():
@@ -327,7 +322,7 @@ class TimeTravel(SessionState):
             raise StateError(f"The model {model.name} carries edits already; take them back first, or load it anew.")
         self.model, self._turn = model, Turn(self)
         self.memo = {}  # some results refer to the model they were computed on
-        self._take_turn()
+        self.restore()
 
     def _check_same_originals(self, other: SessionState, picked: EditRound) -> None:
         layers = sorted({u.layer for u in picked.updates} & set(self.method.layers))

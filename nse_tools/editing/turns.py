@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nse_tools.errors import StateError
+from nse_tools.models.interrupts import surely_afterwards
 from nse_tools.models.weights import digest_of
 
 if TYPE_CHECKING:
-    from nse_tools.editing.session_state import SessionState
+    from nse_tools.editing.time_travel import TimeTravel
 
 
 class Turn:
@@ -18,11 +19,11 @@ class Turn:
 
     Parameters
     ----------
-    holder : SessionState
+    holder : TimeTravel
         The session whose last round the model's weights are of.
     """
 
-    def __init__(self, holder: SessionState) -> None:
+    def __init__(self, holder: TimeTravel) -> None:
         self.holder = holder
         self.n_branches = 0
         self._looked_at: list[int] = []
@@ -31,27 +32,21 @@ class Turn:
     def looking(self, round: int) -> Iterator[None]:
         """Note, for a ``with`` block, that the weights are those of an earlier round."""
         before = self._looked_at
-        try:
-            try:
-                self._looked_at = [*before, round]
-                yield
-            finally:
-                self._looked_at = before
-        except BaseException:  # an interrupt may have come just before the line above
-            self._looked_at = before
-            raise
+        with surely_afterwards(lambda: setattr(self, "_looked_at", before)):
+            self._looked_at = [*before, round]
+            yield
 
     @property
     def looked_at(self) -> int | None:
         """The round that the model is being looked at as of, if it is."""
         return self._looked_at[-1] if self._looked_at else None
 
-    def check(self, session: SessionState, *, own: bool = True) -> str:
+    def check(self, session: TimeTravel, *, own: bool = True) -> str:
         """Refuse a model that is not in the session's last state; return the hash of its weights.
 
         Parameters
         ----------
-        session : SessionState
+        session : TimeTravel
             Who asks.
         own : bool
             Whether the state must be the session's own; else that of the branch whose turn it is will do.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -28,3 +28,24 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if arrived:
         before(*arrived[0])
+
+
+@contextmanager
+def surely_afterwards(action: Callable[[], object]) -> Iterator[None]:
+    """Do something when a ``with`` block is left, however it is left, and let no interrupt come between.
+
+    Parameters
+    ----------
+    action : callable
+        What is done; it may be done twice, which must be the same as once.
+    """
+    try:
+        try:
+            yield
+        finally:
+            with uninterrupted():
+                action()
+    except BaseException:  # an interrupt may have come just before the line that holds interrupts back
+        with uninterrupted():
+            action()
+        raise

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nse_tools.errors import ModelError
-from nse_tools.models.interrupts import uninterrupted
+from nse_tools.models.interrupts import surely_afterwards
 
 if TYPE_CHECKING:
     from nse_tools.models.editable import EditableModel
@@ -92,17 +92,9 @@ def weights_in_place(model: EditableModel, weights: Mapping[int, Tensor]) -> Ite
         Layer → (d_model, d_ff) weight.
     """
     before = {index: copy_of(model.weight(index)) for index in weights}
-    try:
-        try:
-            write_weights(model, weights)
-            yield
-        finally:
-            with uninterrupted():
-                write_weights(model, before)
-    except BaseException:  # an interrupt may have come just before the line that holds interrupts back
-        with uninterrupted():
-            write_weights(model, before)
-        raise
+    with surely_afterwards(lambda: write_weights(model, before)):
+        write_weights(model, weights)
+        yield
 
 
 @torch.no_grad()
