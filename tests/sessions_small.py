@@ -10,6 +10,7 @@ from models_small import CONTEXTS, FACTS, build, moments_for
 from nse_tools.editing import EditRound, EditSession, Method, TargetValues, compute_values
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
+from nse_tools.models.weights import bytes_of
 
 LAYERS = (0, 2)
 METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
@@ -40,4 +41,4 @@ def weights(model: EditableModel) -> list[torch.Tensor]:
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     """Whether two lists of tensors are equal bit for bit."""
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(bytes_of(a) == bytes_of(b) for a, b in zip(one, other, strict=True))

@@ -37,7 +37,11 @@ def check_batch(facts: FactList) -> None:
         targets[fact.text].append(fact)
     for text, same in targets.items():
         if len({f.target_new for f in same}) > 1:
-            raise FactError(f"Facts {[f.id for f in same]} contradict each other: {text!r} → {[f.target_new for f in same]}.")
+            said = ", ".join(f"{f.id!r} → {f.target_new!r}" for f in same[:5]) + (f" and {len(same) - 5} more" if len(same) > 5 else "")
+            raise FactError(
+                f"Facts of one round contradict each other: {text!r:.200}: {said}. Edit them in different rounds, "
+                "or keep one of them: FactList.resolve_conflicts(policy)."
+            )
 
 
 def check_values(values: TargetValues, facts: FactList, method: Method, width: int) -> None:

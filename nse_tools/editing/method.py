@@ -158,6 +158,8 @@ class Method:
     max_update_norm: float = 100.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isprintable() or not self.name.strip():
+            raise SettingError(f"name={self.name!r:.80}: expected a printable text of one line.")
         if isinstance(self.layers, str) or not isinstance(self.layers, Iterable):
             raise SettingError(f"layers={self.layers!r}: expected a sequence of layer numbers, e.g. layers=(4, 5, 6).")
         object.__setattr__(self, "layers", tuple(self.layers))

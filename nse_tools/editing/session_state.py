@@ -18,6 +18,7 @@ from nse_tools.editing.turns import Turn
 from nse_tools.editing.value_cache import ValueCache
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
+from nse_tools.models.interrupts import uninterrupted
 from nse_tools.models.weights import write_weights
 from nse_tools.tracing.contexts import Contexts, sample_contexts
 from nse_tools.tracing.moments import SecondMoments, second_moments
@@ -31,6 +32,8 @@ class SessionState:
     seed: int
     progress: bool
     name: str
+    autosave: Any = None
+    """What keeps every round on disk, if anything does: ``keep(session, rounds)`` is called before a change counts."""
     value_cache: ValueCache | None
     memo: dict[Any, Any]
     _contexts: Contexts | None
@@ -56,6 +59,10 @@ class SessionState:
             check_moments(found, self.method.edited_layers, self.model.d_ff)
             self._moments = found
         return self._moments
+
+    def known_inputs(self) -> tuple[Contexts | None, SecondMoments | None]:
+        """Return contexts and key statistics as far as they are known, without sampling or computing them."""
+        return self._contexts, self._moments
 
     @property
     def history(self) -> KeyHistory:
@@ -98,8 +105,14 @@ class SessionState:
             yield
 
     def _commit(self, past: Past) -> None:
-        """Take over a new past; the model's weights are those of its last round. From here on the change has happened."""
-        self._past = past
+        """Take over a new past; the model's weights are those of its last round. From here on the change has happened.
+
+        Where rounds are kept on disk they are there before they count, and no interrupt comes between.
+        """
+        with uninterrupted():
+            if self.autosave is not None:
+                self.autosave.keep(self, past.rounds)
+            self._past = past
 
     def _forget_results_after(self, round: int) -> None:
         """Drop what other rooms have kept of later rounds; without consequences, should the change not happen after all."""

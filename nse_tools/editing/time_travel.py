@@ -136,6 +136,20 @@ class TimeTravel(SessionState):
             write_weights(self.model, weights)
             self._turn.holder = self
 
+    def take_over(self, rounds: Sequence[EditRound]) -> None:
+        """Make the model, bit for bit, what recorded rounds left behind, and go on from there; for a session that has none.
+
+        Raises
+        ------
+        StateError
+            If there are rounds already, or the records do not give the weights they say.
+        """
+        self._turn.check(self)
+        if self.rounds:
+            raise StateError(f"The session has {len(self)} rounds of its own; rounds can be taken over into an empty one only.")
+        if rounds:
+            self._move(self._past.with_rounds(rounds), self._made_again(self._originals(), rounds), kept=0)
+
     # ---- branches ----------------------------------------------------------------------------------------------------
     def branch(self, name: str | None = None, model: EditableModel | None = None) -> Self:
         """Begin a second session from the same past; the records are shared, not copied.
@@ -160,6 +174,7 @@ class TimeTravel(SessionState):
         self._turn.check(self, own=False)
         twin = copy(self)
         twin.name = name or f"branch {self._turn.n_branches + 1}"
+        twin.autosave = None  # a folder keeps one session
         if model is None:
             twin.memo = dict(self.memo)
         else:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nse_tools.errors import ModelError
@@ -53,6 +54,8 @@ def load_model(
     ModelError
         If the source cannot be loaded or the model cannot be edited.
     """
+    if not isinstance(source, str | Path | PreTrainedModel):
+        raise ModelError(f"A model's name, folder or file, or a loaded transformers model was expected, not {source!r:.80}.")
     if isinstance(source, PreTrainedModel):
         if tokenizer is None:
             raise ModelError("A loaded model comes with its tokenizer: load_model(model, tokenizer).")
@@ -71,9 +74,10 @@ def _from_name(source: str | Path, dtype: torch.dtype | None, progress: bool) ->
     try:
         hf = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **extra)
         tokenizer = AutoTokenizer.from_pretrained(place, **extra)
-    except (OSError, ValueError, RuntimeError, ImportError) as wrong:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as wrong:
+        damaged = " (a file of weights is damaged or cut off: fetch it again)" if isinstance(wrong, SafetensorError) else ""
         raise ModelError(
-            f"Could not load a causal language model from {str(source)!r}: {wrong}\n"
+            f"Could not load a causal language model from {str(source)!r}: {wrong}{damaged}\n"
             f"Expected {embedded.NAME!r}, a hub id such as 'openai-community/gpt2', a local folder with config.json and safetensors, "
             "or a .gguf file."
         ) from wrong
