@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nse_tools.errors import ModelError
@@ -74,8 +73,9 @@ def _from_name(source: str | Path, dtype: torch.dtype | None, progress: bool) ->
     try:
         hf = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **extra)
         tokenizer = AutoTokenizer.from_pretrained(place, **extra)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as wrong:
-        damaged = " (a file of weights is damaged or cut off: fetch it again)" if isinstance(wrong, SafetensorError) else ""
+    except Exception as wrong:  # the readers of several libraries raise whatever comes up on a broken file
+        expected = isinstance(wrong, OSError | ValueError | RuntimeError | ImportError)
+        damaged = "" if expected else f" ({type(wrong).__name__}: a file is damaged or cut off, fetch it again)"
         raise ModelError(
             f"Could not load a causal language model from {str(source)!r}: {wrong}{damaged}\n"
             f"Expected {embedded.NAME!r}, a hub id such as 'openai-community/gpt2', a local folder with config.json and safetensors, "

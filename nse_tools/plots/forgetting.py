@@ -89,7 +89,7 @@ def _add_curve(fig: go.Figure, name: str, matrix: ForgettingMatrix, color: str, 
             hoverinfo="skip",
             showlegend=single,
             name="95 % band over facts",
-            legendgroup=name,
+            legendgroup=plain(name),
         )
     )
     fig.add_trace(
@@ -99,7 +99,7 @@ def _add_curve(fig: go.Figure, name: str, matrix: ForgettingMatrix, color: str, 
             mode="lines+markers",
             line={"color": color},
             name=plain(name),
-            legendgroup=name,
+            legendgroup=plain(name),
             hovertemplate="after round %{x}: %{y:.2f} %<extra>" + plain(name) + "</extra>",
         )
     )
