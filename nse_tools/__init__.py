@@ -40,7 +40,9 @@ _HOME = {
     "NullSpace": "editing",
     "PreservedMoments": "editing",
     "TargetValues": "editing",
+    "ParameterChanges": "editing",
     "ValueCache": "editing",
+    "Verification": "editing",
     "calibrate": "editing",
     "collect_keys": "editing",
     "compute_values": "editing",
@@ -75,9 +77,11 @@ _HOME = {
     "retention": "evaluation",
     "score_facts": "evaluation",
     "weight_growth": "evaluation",
+    "Report": "figures",
     "run_stream": "figures",
     "save_comparison": "figures",
     "save_stream": "figures",
+    "session_report": "figures",
 }
 _ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "tracing"}
 
