@@ -79,7 +79,7 @@ _HOME = {
     "save_comparison": "figures",
     "save_stream": "figures",
 }
-_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "tracing"}
+_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "storage", "tracing"}
 
 __all__ = ["__version__", *sorted(_HOME), *sorted(_ROOMS)]  # noqa: PLE0604
 

@@ -6,6 +6,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -56,9 +57,13 @@ class EditSession:
         Target values found before, by this or any other session, are taken from here when the same facts are edited into
         the same weights with the same contexts and settings; ``round.values.cached`` says which were. By default it is the
         user's cache; False searches for every value.
+    autosave : str or Path, optional
+        A new folder in which every round is kept: it is on disk before :meth:`edit`, :meth:`undo` or :meth:`rewind` returns.
 
     Raises
     ------
+    StorageError
+        If the folder for ``autosave`` holds a session already, is in use, or cannot be written.
     SettingError
         If the method names layers the model does not have, or its preset was made for a model of another shape.
     StateError
@@ -75,6 +80,7 @@ class EditSession:
         seed: int = 0,
         progress: bool = True,
         value_cache: ValueCache | bool = True,
+        autosave: str | Path | None = None,
     ) -> None:
         self.model = model
         self.method = method or methods.nse()
@@ -84,6 +90,8 @@ class EditSession:
         self.memo: dict[Any, Any] = {}
         """Results that other rooms keep with the session (scores); entries are keyed by the round they belong to."""
         self._contexts, self._moments = contexts, moments
+        self.find_moments: Callable[[], SecondMoments] | None = None
+        """Where the key statistics come from, if not from :func:`second_moments` with the session's seed."""
         self._rounds: list[EditRound] = []
         self._history = KeyHistory()
         self._bases: tuple[Method, dict[int, PreservedMoments]] | None = None
@@ -95,6 +103,8 @@ class EditSession:
             raise StateError(
                 "The model already carries edits of another session. Take them back first (session.rewind(to=0)), or load the model anew."
             )
+        self.autosave: Any = None if autosave is None else _late.call("storage", "start_autosave", self, autosave)
+        """The folder that keeps every round (:class:`nse_tools.storage.SessionFolder`); ``autosave.close()`` lets it go."""
 
     # ---- recorded inputs ---------------------------------------------------------------------------------------------
     @property
@@ -107,9 +117,15 @@ class EditSession:
     @property
     def moments(self) -> SecondMoments:
         """The key statistics C of the edited layers, computed or taken from the cache at first use."""
+        if self._moments is None and self.find_moments is not None:
+            self._moments = self.find_moments()
         if self._moments is None:
             self._moments = second_moments(self.model, self.method.layers, seed=self.seed, progress=self.progress)
         return self._moments
+
+    def known_inputs(self) -> tuple[Contexts | None, SecondMoments | None]:
+        """Return contexts and key statistics as far as they are known, without sampling or computing them."""
+        return self._contexts, self._moments
 
     @property
     def history(self) -> KeyHistory:
@@ -162,6 +178,8 @@ class EditSession:
             If somebody changed the edited weights since the last round.
         EditError
             If a step fails; it says at which fact, layer and setting.
+        StorageError
+            If the round cannot be kept on disk (``autosave``): the edit is taken back.
         """
         batch = facts if isinstance(facts, FactList) else FactList([facts] if isinstance(facts, Fact) else facts)
         check_batch(batch)
@@ -184,6 +202,7 @@ class EditSession:
                 after=written.after,
                 first_values=written.first_values,
             )
+            self._keep([*self._rounds, done])
             self._rounds = [*self._rounds, done]  # from here on the round is there
         if done.skipped:
             reasons = dict(Counter(done.skipped.values()))
@@ -232,6 +251,7 @@ class EditSession:
         self.memo = {key: value for key, value in self.memo.items() if key[0] <= to}
         with self._all_or_nothing():
             write_weights(self.model, weights)
+            self._keep(self._rounds[:to])
             self._rounds = self._rounds[:to]
         return taken
 
@@ -272,6 +292,41 @@ class EditSession:
             if digest_of(self.model, self.method.layers) != expected:
                 raise StateError(f"The weights of round {round} could not be made again bit for bit; was the thread count changed?")
             return {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}
+
+    # ---- on disk -----------------------------------------------------------------------------------------------------
+    def save(self, path: str | Path, **options: Any) -> None:
+        """Write the session into a folder, from which it can be loaded (:func:`nse_tools.storage.save_session`)."""
+        _late.call("storage", "save_session", self, path, **options)
+
+    @classmethod
+    def load(cls, path: str | Path, model: EditableModel, **options: Any) -> EditSession:
+        """Load a session into the unedited model it was made with (:func:`nse_tools.storage.load_session`)."""
+        session: EditSession = _late.call("storage", "load_session", path, model, **options)
+        return session
+
+    def take_over(self, rounds: Sequence[EditRound]) -> None:
+        """Make the model, bit for bit, what recorded rounds left behind, and go on from there; for a session that has none.
+
+        Raises
+        ------
+        StateError
+            If there are rounds already, or the records do not give the weights they say.
+        """
+        self._check_untouched()
+        if self._rounds:
+            raise StateError(f"The session has {len(self)} rounds of its own; rounds can be taken over into an empty one only.")
+        self._rounds = list(rounds)
+        try:
+            write_weights(self.model, self.weights_at(len(rounds)))
+        except BaseException:
+            self._rounds = []
+            write_weights(self.model, {layer: self.model.originals[layer] for layer in self.method.layers})
+            raise
+
+    def _keep(self, rounds: Sequence[EditRound]) -> None:
+        """Make rounds durable, where the session is kept in a folder, before they count."""
+        if self.autosave is not None:
+            self.autosave.keep(self, rounds)
 
     # ---- looking -----------------------------------------------------------------------------------------------------
     def scores(self, round: int | None = None, **options: Any) -> pd.DataFrame:
