@@ -257,10 +257,17 @@ class SessionFolder:
         self._guarded(write, "the session is as it was")
 
     def _guarded(self, write: Callable[[], None], state: str) -> None:
+        """Write; if that fails or is interrupted, the head says again what it said."""
+        head = self.path / MANIFEST
+        before = head.read_bytes() if head.exists() else None
         try:
             write()
-        except OSError as wrong:
+        except BaseException as wrong:
+            with suppress(OSError):
+                _put_back(head, before)
             self._sweep()
+            if not isinstance(wrong, OSError):
+                raise
             raise StorageError(
                 f"{self.path} could not be written: {wrong}. Nothing is half-done: {state}, and the folder holds what it held. Make room "
                 "or give the right to write there, and try again; or go on without it: session.autosave.close()."
@@ -334,3 +341,10 @@ class SessionFolder:
                     file.unlink()
             for place in (self.path, self.path / _ROUNDS):
                 remove_scratch(place)
+
+
+def _put_back(file: Path, data: bytes | None) -> None:
+    if data is None:
+        file.unlink(missing_ok=True)
+    elif not file.exists() or file.read_bytes() != data:
+        write_durably(file, data)
