@@ -123,6 +123,9 @@ def _hints(kind: Any) -> dict[str, Any]:
 def _fact_list(data: Any, name: str) -> FactList:
     held = _of(dict, data, name)
     facts = [Fact.from_dict(_of(dict, fact, name)) for fact in _of(list, held["facts"], name)]
+    for fact in facts:  # their texts are checked already
+        decode(str | None, fact.relation, Parts(), f"fact {fact.id}")
+        decode(str | None, fact.target_new_id, Parts(), f"fact {fact.id}")
     return FactList(facts, _of(str, held["name"], name))
 
 

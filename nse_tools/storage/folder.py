@@ -258,6 +258,7 @@ class SessionFolder:
 
     def _guarded(self, write: Callable[[], None], state: str) -> None:
         """Write; if that fails or is interrupted, the head says again what it said."""
+        self._sweep()  # only now: until the session has let go of what was taken back, an interrupt may bring it back
         head = self.path / MANIFEST
         before = head.read_bytes() if head.exists() else None
         try:
@@ -272,7 +273,6 @@ class SessionFolder:
                 f"{self.path} could not be written: {wrong}. Nothing is half-done: {state}, and the folder holds what it held. Make room "
                 "or give the right to write there, and try again; or go on without it: session.autosave.close()."
             ) from wrong
-        self._sweep()
 
     def _write(self, session: EditSession, rounds: Sequence[EditRound], tables: Mapping[str, str]) -> None:
         kept = {id(done): entry for done, entry in self._kept}

@@ -160,8 +160,8 @@ def load_session(
         )
         if about.moments is not None:
             _expect_moments(session, folder, about.moments, moments, force)
-        _take_over(session, folder, saved)
         session.memo |= tables.scores_in(folder, saved.rounds)
+        _take_over(session, folder, saved)  # last: from here on the model carries the edits
         session.autosave = folder if autosave else None
     except BaseException:
         folder.close()

@@ -21,7 +21,7 @@ import pytest
 
 from kept_small import assert_same, load, many_facts, run_to_the_end, same_weights, session_of, weights_of
 from models_small import build
-from nse_tools.editing import EditSession
+from nse_tools.editing import EditSession, compute_values
 from nse_tools.errors import StorageError
 from nse_tools.models.storage import SCRATCH
 from nse_tools.models.weights import digest_of
@@ -57,35 +57,35 @@ def ended(child: BaseProcess) -> BaseProcess:
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------
-def kill_and_resume(children: Callable[..., BaseProcess], path: Path, kills: int, n_facts: int, seed: int) -> tuple[int, set[int]]:
-    """Kill a session's process at random moments, resume it each time; return how often that was, and after how many rounds."""
+def kill_and_resume(children: Callable[..., BaseProcess], path: Path, kills: int, n_facts: int, seed: int) -> dict[str, Any]:
+    """Kill a session's process at random moments, resume it each time; whenever it comes to its end, compare, and begin another."""
     draw, facts = random.Random(seed), many_facts(n_facts)
+    ended(children(int))  # the first child waits for the server to be there
     began = time.monotonic()
     assert ended(children(run_to_the_end, path / "whole", facts, 1)).exitcode == 0
-    whole = time.monotonic() - began
-    happened, seen = 0, set[int]()
-    for _ in range(kills):
-        child = children(run_to_the_end, path / "killed", facts, 1)
-        # the start takes most of it; a third of the kills fall into it, so that the run gets nowhere too soon
-        child.join(timeout=draw.uniform(0.1, 1.0) * whole)
+    took = time.monotonic() - began
+    whole = read_session(path / "whole")
+    state = weights_of(load(path / "whole", build()).model)
+    seen: list[int] = []
+    finished = 0
+    while len(seen) < kills or not finished:
+        folder = path / f"killed {finished}"
+        child = children(run_to_the_end, folder, facts, 1)
+        child.join(timeout=draw.uniform(0.05, 0.8) * took if len(seen) < kills else None)
         if child.exitcode is None:
             os.kill(child.pid, signal.SIGKILL)
-            happened += 1
-        assert ended(child).exitcode in (0, -signal.SIGKILL)
-        seen.add(len(read_session(path / "killed").rounds) if SessionFolder(path / "killed").exists else 0)
-    assert ended(children(run_to_the_end, path / "killed", facts, 1)).exitcode == 0
-    one, other = read_session(path / "whole"), read_session(path / "killed")
-    assert other.lost is None
-    assert_same(other.rounds, one.rounds)
-    models = [load(path / name, build()).model for name in ("whole", "killed")]
-    assert same_weights(*(weights_of(model) for model in models))
-    assert not list((path / "killed").rglob(f"{SCRATCH}*"))
-    return happened, seen
+            seen.append(len(read_session(folder).rounds) if SessionFolder(folder).exists else 0)
+        if ended(child).exitcode == 0:
+            saved = read_session(folder)
+            assert saved.lost is None
+            assert_same(saved.rounds, whole.rounds)
+            assert same_weights(weights_of(load(folder, build()).model), state)
+            finished += 1
+    return {"kills survived": len(seen), "rounds there when killed": sorted(set(seen)), "runs brought to their end": finished}
 
 
 def test_a_run_that_is_killed_again_and_again_comes_to_the_same_end(children: Callable[..., BaseProcess], tmp_path: Path) -> None:
-    happened, _ = kill_and_resume(children, tmp_path, kills=6, n_facts=12, seed=1)
-    assert happened >= 3
+    assert kill_and_resume(children, tmp_path, kills=6, n_facts=6, seed=1)["kills survived"] == 6
 
 
 @pytest.mark.long
@@ -93,44 +93,54 @@ def test_a_run_that_is_killed_again_and_again_comes_to_the_same_end(children: Ca
 def test_a_run_that_is_killed_many_times_comes_to_the_same_end(
     seed: int, children: Callable[..., BaseProcess], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    happened, seen = kill_and_resume(children, tmp_path, kills=24, n_facts=40, seed=seed)
-    record_property("kills", happened)
-    record_property("rounds at a kill", sorted(seen))
-    assert happened >= 20
-    assert len(seen) >= 4
-
-
-_STEPS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "open")
+    found = kill_and_resume(children, tmp_path, kills=24, n_facts=16, seed=seed)
+    for name, value in found.items():
+        record_property(name, value)
+    assert len(found["rounds there when killed"]) >= 4
 
 
 @contextmanager
 def before_each_step(do: Callable[[], None]) -> Iterator[None]:
-    """Call a function before every call that changes something on disk."""
+    """Call a function before every call by which a session's folder is changed."""
+    inside: list[bool] = []
 
     def watched(real: Callable[..., Any]) -> Callable[..., Any]:
         def step(*args: Any, **kwargs: Any) -> Any:
-            do()
+            if inside == [True]:
+                inside.append(True)
+                try:
+                    do()
+                finally:
+                    inside.pop()
             return real(*args, **kwargs)
 
         return step
 
+    def writing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*args: Any, **kwargs: Any) -> Any:
+            inside.append(True)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                inside.clear()
+
+        return write
+
     with pytest.MonkeyPatch.context() as patch:
-        for name in _STEPS:
+        for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "open"):
             patch.setattr(os, name, watched(getattr(os, name)))
+        for name in ("keep", "write_all"):
+            patch.setattr(SessionFolder, name, writing(getattr(SessionFolder, name)))
         yield
 
 
 def states_during(action: Callable[[], object], folder: Path, copies: Path) -> list[Path]:
     """Copy the folder before every step of an action: a process killed there leaves just that behind."""
     made: list[Path] = []
-    inside = []
 
     def copy() -> None:
-        if not inside:
-            inside.append(True)
-            shutil.copytree(folder, copies / str(len(made)))
-            made.append(copies / str(len(made)))
-            inside.clear()
+        made.append(copies / str(len(made)))
+        shutil.copytree(folder, made[-1])
 
     with before_each_step(copy):
         action()
@@ -159,7 +169,7 @@ def test_killed_at_any_step_of_writing_it_is_one_state_or_the_other(what: str, t
         assert_same(loaded.rounds, wanted, ignoring=())
         assert digest_of(model, LAYERS) == (wanted[-1].digest if wanted else loaded.weights_at(0) and digest_of(build(), LAYERS))
         found.append(wanted)
-        if len(loaded) == 3:  # and goes on from there
+        if len(loaded) == 3 and len(found) % 8 == 0:  # and goes on from there
             assert loaded.edit(ROUNDS[3]).digest == (after[3].digest if len(after) == 4 else loaded.rounds[3].digest)
             assert len(list((state / "rounds").iterdir())) == 4
         loaded.autosave.close()
@@ -211,19 +221,23 @@ def test_a_power_cut_in_any_file_leads_back_to_a_complete_round_or_to_a_clear_er
                 load(copy, model)
             assert digest_of(model, LAYERS) == unedited
         with caplog.at_level(logging.WARNING):
-            loaded = load(copy, model, autosave=True, moments=None, upto=of_round - 1 if of_round in (1, 2) else None)
+            # without the head, or the file itself, the statistics of these sessions can only be given
+            given = {} if file.name.startswith(("moments-", "session.json")) else {"moments": None}
+            loaded = load(copy, model, autosave=True, upto=of_round - 1 if of_round in (1, 2) else None, **given)
             # both heads tell of three rounds here, as saving has written the second one
             assert len(loaded) == (3 if of_round is None else of_round - 1)
             assert digest_of(model, LAYERS) == (session.rounds[len(loaded) - 1].digest if len(loaded) else unedited)
-            for batch in ROUNDS[len(loaded) : 3]:
-                loaded.edit(batch)
-            assert_same(loaded.rounds, session.rounds)
-            loaded.edit(ROUNDS[3])
-        silent = of_round in (1, 2) or file.name in ("session.previous.json", "rounds.csv")
+            if damage == "cut in half":  # and so on to the same end
+                for batch in ROUNDS[len(loaded) :]:
+                    loaded.edit(batch)
+                assert_same(loaded.rounds[:3], session.rounds)
+        silent = of_round in (1, 2) or file.name.startswith(("session.previous", "rounds.csv", "moments-"))
+        silent |= damage == "cut by one byte" and file.name == "session.json"  # that byte is a line's end
         assert bool([r for r in caplog.records if "versions" not in r.message]) != silent, file
         loaded.autosave.close()
-        assert len(read_session(copy).rounds) == 4
-        assert read_session(copy).lost is None
+        if damage == "cut in half":
+            assert len(read_session(copy).rounds) == 4
+            assert read_session(copy).lost is None
         loaded.rewind(to=0)
 
 
@@ -264,31 +278,39 @@ def test_a_disk_that_is_full_at_any_step_leaves_everything_as_it_was(error: Base
     for batch in ROUNDS[: 0 if what == "first edit" else 2]:
         session.edit(batch)
     model, rounds, state = session.model, session.rounds, weights_of(session.model)
-    action = session.undo if what == "undo" else lambda: session.edit(ROUNDS[2])
+    batch = ROUNDS[1] if what == "undo" else ROUNDS[2]
+    values = compute_values(model, batch, session.contexts, session.method)  # once is enough
+    action, back = (lambda: session.edit(batch, values)), session.undo
+    if what == "undo":
+        action, back = back, action
     failures = 0
-    for fail_at in range(200):
-        count = iter(range(10_000))
+    for fail_at in range(0, 200, 1 if what == "edit" else 3):
+        count, reached = iter(range(10_000)), []
 
-        def maybe(fail_at: int = fail_at, count: Iterator[int] = count) -> None:
+        def maybe(fail_at: int = fail_at, count: Iterator[int] = count, reached: list[bool] = reached) -> None:
             if next(count) == fail_at:
+                reached.append(True)
                 raise error
 
+        said = None
         try:
             with before_each_step(maybe):
                 action()
-            break
         except (StorageError, KeyboardInterrupt) as raised:
-            assert "No space left" in str(raised) or isinstance(raised, KeyboardInterrupt)
+            said = str(raised)
+        if said is None:
+            assert_same(read_session(tmp_path / "run").rounds, session.rounds, ignoring=())
+            if not reached:
+                break  # all steps had their turn
+            back()  # clearing leftovers away may fail
+            rounds, state = session.rounds, weights_of(model)
+            continue
         failures += 1
-        if len(session) != len(rounds):  # it failed while it cleared away what is of no use any more
-            assert isinstance(error, KeyboardInterrupt)
-            break
+        assert "No space left" in said or isinstance(error, KeyboardInterrupt)
         assert session.rounds == rounds
         assert same_weights(weights_of(model), state)
         assert_same(read_session(tmp_path / "run").rounds if rounds else (), rounds, ignoring=())
-    assert failures > 10
-    assert len(session) == (1 if what == "undo" else len(rounds) + 1)
-    assert_same(read_session(tmp_path / "run").rounds, session.rounds, ignoring=())
+    assert failures >= 5
 
 
 def test_a_write_that_the_system_refuses_takes_the_edit_back(tmp_path: Path) -> None:
