@@ -75,6 +75,9 @@ _HOME = {
     "retention": "evaluation",
     "score_facts": "evaluation",
     "weight_growth": "evaluation",
+    "SavedSession": "storage",
+    "holds_session": "storage",
+    "read_session": "storage",
     "run_stream": "figures",
     "save_comparison": "figures",
     "save_stream": "figures",
@@ -89,6 +92,7 @@ if TYPE_CHECKING:
     from nse_tools.facts import *  # noqa: F403
     from nse_tools.figures import *  # noqa: F403
     from nse_tools.models import *  # noqa: F403
+    from nse_tools.storage import *  # noqa: F403
     from nse_tools.tracing import *  # noqa: F403
 
 

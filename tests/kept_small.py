@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,11 @@ from torch import Tensor
 
 from models_small import CONTEXTS, build, moments_for
 from nse_tools.editing import EditSession, Method
+from nse_tools.evaluation import compare
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
 from nse_tools.storage import holds_session
+from nse_tools.tracing import Corpus, second_moments
 
 LAYERS = (0, 2)
 METHOD = Method("nse", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
@@ -88,9 +94,53 @@ def assert_same(one: Any, other: Any, where: str = "", ignoring: tuple[str, ...]
         assert one == other or (isinstance(one, float) and math.isnan(one) and math.isnan(other)), (where, one, other)
 
 
+def take_statistics(cache: Path) -> None:
+    """Compute the key statistics of random tokens, into a cache."""
+    torch.set_num_threads(1)
+    draw = torch.Generator().manual_seed(0)
+    texts = tuple(tuple(torch.randint(5, 300, (60,), generator=draw).tolist()) for _ in range(800))
+    second_moments(build(), LAYERS, Corpus(texts, "random tokens"), cache=cache, progress=False)
+
+
+def compare_methods(folder: Path) -> None:
+    """Compare two methods under two seeds, into a folder."""
+    torch.set_num_threads(1)
+    os.environ["NSE_TOOLS_CACHE"] = str(folder.parent / "cache")
+    facts = FactList(replace(f, target_true="Denmark") for f in many_facts(4))
+    methods = [METHODS[name] for name in ("nse", "memit_seq")]
+    compare(build(), facts, methods, rounds_of=2, seeds=(0, 1), folder=folder, value_cache=False, progress=False)
+
+
 def run_to_the_end(path: Path, facts: FactList, rounds_of: int) -> None:
     """Begin a session with autosave, or go on with it where it is, and edit what is missing: what a user's script does."""
     torch.set_num_threads(1)
     session = load(path, build(), autosave=True) if holds_session(path) else session_of(autosave=path)
     for batch in facts.rounds(of=rounds_of)[len(session) :]:
         session.edit(batch)
+
+
+Start = Callable[..., BaseProcess]
+
+
+def ended(child: BaseProcess) -> BaseProcess:
+    child.join(timeout=600)
+    assert child.exitcode is not None
+    return child
+
+
+def seconds_of(children: Start, function: Callable[..., Any], *args: Any) -> float:
+    """Run a function in a process of its own, undisturbed; return how long that takes."""
+    ended(children(int))  # the first child waits for the server to be there
+    began = time.monotonic()
+    assert ended(children(function, *args)).exitcode == 0
+    return time.monotonic() - began
+
+
+def run_and_kill(children: Start, after: float, function: Callable[..., Any], *args: Any) -> bool:
+    """Run a function in a process that is killed after some seconds; return whether it was, rather than had come to its end."""
+    child = children(function, *args)
+    child.join(timeout=after)
+    if killed := child.exitcode is None:
+        os.kill(child.pid, signal.SIGKILL)
+    assert ended(child).exitcode == (-signal.SIGKILL if killed else 0)
+    return killed

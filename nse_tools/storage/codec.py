@@ -123,9 +123,10 @@ def _hints(kind: Any) -> dict[str, Any]:
 def _fact_list(data: Any, name: str) -> FactList:
     held = _of(dict, data, name)
     facts = [Fact.from_dict(_of(dict, fact, name)) for fact in _of(list, held["facts"], name)]
-    for fact in facts:  # their texts are checked already
-        decode(str | None, fact.relation, Parts(), f"fact {fact.id}")
-        decode(str | None, fact.target_new_id, Parts(), f"fact {fact.id}")
+    for fact in facts:
+        for f in fields(fact):  # what the texts are is checked by the fact itself
+            if not isinstance(value := getattr(fact, f.name), tuple if f.default == () else str | None):
+                _refuse(f"fact {fact.id}, {f.name}", value, "text" if f.default != () else "a list")
     return FactList(facts, _of(str, held["name"], name))
 
 
@@ -205,7 +206,10 @@ def tensors_from_bytes(data: bytes, layout: Mapping[str, Any]) -> dict[str, Tens
     # copied, so that they lie in memory of their own as they did when they were computed
     tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
     for name, how in layout.items():
-        tensors[name] = tensors[name].T if how == "transposed" else _mask(tensors[name], how, name)
+        if how == "transposed" and tensors[name].ndim == 2:
+            tensors[name] = tensors[name].T
+        else:
+            tensors[name] = _mask(tensors[name], how, name)
     return tensors
 
 

@@ -13,13 +13,25 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kept_small import assert_same, load, many_facts, run_to_the_end, same_weights, session_of, weights_of
+from kept_small import (
+    LAYERS,
+    Start,
+    assert_same,
+    ended,
+    load,
+    many_facts,
+    run_and_kill,
+    run_to_the_end,
+    same_weights,
+    seconds_of,
+    session_of,
+    weights_of,
+)
 from models_small import build
 from nse_tools.editing import EditSession, compute_values
 from nse_tools.errors import StorageError
@@ -27,71 +39,41 @@ from nse_tools.models.storage import SCRATCH
 from nse_tools.models.weights import digest_of
 from nse_tools.storage import SessionFolder, read_session
 
-LAYERS = (0, 2)
 FACTS = many_facts(8)
 ROUNDS = FACTS.rounds(of=2)
 
 
-@pytest.fixture(scope="module")
-def children() -> Iterator[Callable[..., BaseProcess]]:
-    """Start processes that have the library imported already: a server that is one process forks them."""
-    here = [str(Path(__file__).parents[i]) for i in (1, 2)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([*here, os.environ.get("PYTHONPATH", "")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["kept_small"])
-
-        def start(function: Callable[..., Any], *args: Any) -> BaseProcess:
-            child = context.Process(target=function, args=args, daemon=True)
-            child.start()
-            return child
-
-        yield start
-
-
-def ended(child: BaseProcess) -> BaseProcess:
-    child.join(timeout=600)
-    assert child.exitcode is not None
-    return child
-
-
 # ---- killed ----------------------------------------------------------------------------------------------------------
-def kill_and_resume(children: Callable[..., BaseProcess], path: Path, kills: int, n_facts: int, seed: int) -> dict[str, Any]:
+def kill_and_resume(children: Start, path: Path, kills: int, n_facts: int, seed: int) -> dict[str, Any]:
     """Kill a session's process at random moments, resume it each time; whenever it comes to its end, compare, and begin another."""
     draw, facts = random.Random(seed), many_facts(n_facts)
-    ended(children(int))  # the first child waits for the server to be there
-    began = time.monotonic()
-    assert ended(children(run_to_the_end, path / "whole", facts, 1)).exitcode == 0
-    took = time.monotonic() - began
+    took = seconds_of(children, run_to_the_end, path / "whole", facts, 1)
     whole = read_session(path / "whole")
     state = weights_of(load(path / "whole", build()).model)
     seen: list[int] = []
     finished = 0
     while len(seen) < kills or not finished:
         folder = path / f"killed {finished}"
-        child = children(run_to_the_end, folder, facts, 1)
-        child.join(timeout=draw.uniform(0.05, 0.8) * took if len(seen) < kills else None)
-        if child.exitcode is None:
-            os.kill(child.pid, signal.SIGKILL)
+        after = draw.uniform(0.05, 0.8) * took if len(seen) < kills else 600
+        if run_and_kill(children, after, run_to_the_end, folder, facts, 1):
             seen.append(len(read_session(folder).rounds) if SessionFolder(folder).exists else 0)
-        if ended(child).exitcode == 0:
-            saved = read_session(folder)
-            assert saved.lost is None
-            assert_same(saved.rounds, whole.rounds)
-            assert same_weights(weights_of(load(folder, build()).model), state)
-            finished += 1
+            continue
+        saved = read_session(folder)
+        assert saved.lost is None
+        assert_same(saved.rounds, whole.rounds)
+        assert same_weights(weights_of(load(folder, build()).model), state)
+        finished += 1
     return {"kills survived": len(seen), "rounds there when killed": sorted(set(seen)), "runs brought to their end": finished}
 
 
-def test_a_run_that_is_killed_again_and_again_comes_to_the_same_end(children: Callable[..., BaseProcess], tmp_path: Path) -> None:
+def test_a_run_that_is_killed_again_and_again_comes_to_the_same_end(children: Start, tmp_path: Path) -> None:
     assert kill_and_resume(children, tmp_path, kills=6, n_facts=6, seed=1)["kills survived"] == 6
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_is_killed_many_times_comes_to_the_same_end(
-    seed: int, children: Callable[..., BaseProcess], tmp_path: Path, record_property: Callable[[str, object], None]
+    seed: int, children: Start, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     found = kill_and_resume(children, tmp_path, kills=24, n_facts=16, seed=seed)
     for name, value in found.items():
@@ -351,7 +333,7 @@ def hold_and_wait(path: Path, held: Any) -> None:
     folder.close()
 
 
-def test_a_second_process_is_refused_until_the_first_one_is_gone(children: Callable[..., BaseProcess], tmp_path: Path) -> None:
+def test_a_second_process_is_refused_until_the_first_one_is_gone(children: Start, tmp_path: Path) -> None:
     session = session_of()
     session.edit(ROUNDS[0])
     session.save(tmp_path)
