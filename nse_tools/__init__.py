@@ -78,12 +78,15 @@ _HOME = {
     "score_facts": "evaluation",
     "weight_growth": "evaluation",
     "Report": "figures",
+    "SavedSession": "storage",
+    "holds_session": "storage",
+    "read_session": "storage",
     "run_stream": "figures",
     "save_comparison": "figures",
     "save_stream": "figures",
     "session_report": "figures",
 }
-_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "tracing"}
+_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "storage", "tracing"}
 
 __all__ = ["__version__", *sorted(_HOME), *sorted(_ROOMS)]  # noqa: PLE0604
 
@@ -93,6 +96,7 @@ if TYPE_CHECKING:
     from nse_tools.facts import *  # noqa: F403
     from nse_tools.figures import *  # noqa: F403
     from nse_tools.models import *  # noqa: F403
+    from nse_tools.storage import *  # noqa: F403
     from nse_tools.tracing import *  # noqa: F403
 
 

@@ -57,9 +57,13 @@ class EditSession(TimeTravel):
         Target values found before, by this or any other session, are taken from here when the same facts are edited into
         the same weights with the same contexts and settings; ``round.values.cached`` says which were. By default it is the
         user's cache; False searches for every value.
+    autosave : str or Path, optional
+        A new folder in which every round is kept: it is on disk before :meth:`edit`, :meth:`undo` or :meth:`rewind` returns.
 
     Raises
     ------
+    StorageError
+        If the folder for ``autosave`` holds a session already, is in use, or cannot be written.
     SettingError
         If the method names layers the model does not have, or its preset was made for a model of another shape.
     StateError
@@ -76,6 +80,7 @@ class EditSession(TimeTravel):
         seed: int = 0,
         progress: bool = True,
         value_cache: ValueCache | bool = True,
+        autosave: str | Path | None = None,
     ) -> None:
         self.model = model
         self.method = method or methods.nse()
@@ -100,6 +105,7 @@ class EditSession(TimeTravel):
                 "The model already carries edits of another session. Take them back first (session.rewind(to=0)), load the model anew, "
                 "or go on from that session: session.branch()."
             )
+        self.autosave = None if autosave is None else _late.call("storage", "start_autosave", self, autosave)
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
     def edit(self, facts: Fact | Sequence[Fact], values: TargetValues | None = None) -> EditRound:
@@ -127,6 +133,8 @@ class EditSession(TimeTravel):
             If somebody changed the edited weights since the last round.
         EditError
             If a step fails; it says at which fact, layer and setting.
+        StorageError
+            If the round cannot be kept on disk (``autosave``): the edit is taken back.
         """
         batch = facts if isinstance(facts, FactList) else FactList([facts] if isinstance(facts, Fact) else facts)
         check_batch(batch)
@@ -168,6 +176,17 @@ class EditSession(TimeTravel):
             if watch is not None:
                 watch(self)
         return done
+
+    # ---- on disk -----------------------------------------------------------------------------------------------------
+    def save(self, path: str | Path, **options: Any) -> None:
+        """Write the session into a folder, from which it can be loaded (:func:`nse_tools.storage.save_session`)."""
+        _late.call("storage", "save_session", self, path, **options)
+
+    @classmethod
+    def load(cls, path: str | Path, model: EditableModel, **options: Any) -> EditSession:
+        """Load a session into the unedited model it was made with (:func:`nse_tools.storage.load_session`)."""
+        session: EditSession = _late.call("storage", "load_session", path, model, **options)
+        return session
 
     # ---- looking -----------------------------------------------------------------------------------------------------
     def scores(self, round: int | None = None, **options: Any) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,9 @@ class SessionState:
     progress: bool
     name: str
     autosave: Any = None
-    """What keeps every round on disk, if anything does: ``keep(session, rounds)`` is called before a change counts."""
+    """The folder that keeps every round, if one does (:class:`nse_tools.storage.SessionFolder`); ``autosave.close()`` lets it go."""
+    find_moments: Callable[[], SecondMoments] | None = None
+    """Where the key statistics come from, if not from :func:`second_moments` with the session's seed."""
     value_cache: ValueCache | None
     memo: dict[Any, Any]
     _contexts: Contexts | None
@@ -55,10 +57,13 @@ class SessionState:
     def moments(self) -> SecondMoments:
         """The key statistics C of the edited layers, computed or taken from the cache at first use."""
         if self._moments is None:
-            found = second_moments(self.model, self.method.layers, seed=self.seed, progress=self.progress)
+            found = self.find_moments() if self.find_moments is not None else self._computed_moments()
             check_moments(found, self.method.edited_layers, self.model.d_ff)
             self._moments = found
         return self._moments
+
+    def _computed_moments(self) -> SecondMoments:
+        return second_moments(self.model, self.method.layers, seed=self.seed, progress=self.progress)
 
     def known_inputs(self) -> tuple[Contexts | None, SecondMoments | None]:
         """Return contexts and key statistics as far as they are known, without sampling or computing them."""

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +27,7 @@ from nse_tools.errors import SettingError
 from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
 from nse_tools.models.embedded import cache_folder
-from nse_tools.models.storage import SCRATCH, save_atomically
+from nse_tools.models.storage import remove_scratch, save_atomically
 from nse_tools.models.weights import bytes_of, changed_layers, checksum_of, digest_of
 from nse_tools.tracing.contexts import Contexts
 
@@ -162,8 +161,7 @@ class ValueCache:
         entries = self._entries()
         for _, file, _ in entries:
             self._delete(file)
-        for left in self.folder.glob(f"{SCRATCH}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        remove_scratch(self.folder)
         return len(entries)
 
     def __len__(self) -> int:

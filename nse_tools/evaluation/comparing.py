@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 from nse_tools.editing import EditSession, Method, ValueCache, methods
 from nse_tools.errors import EditError, FactError, SettingError, StateError
 from nse_tools.evaluation.comparison import UNEDITED, Comparison
-from nse_tools.evaluation.comparison_store import Cell, ComparisonFolder, digest_of_bytes, plain
+from nse_tools.evaluation.comparison_store import Cell, ComparisonFolder, plain
 from nse_tools.evaluation.forgetting import round_perplexity, round_scores
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
+from nse_tools.models.storage import digest_of_bytes
 from nse_tools.models.weights import bytes_of, changed_layers, checksum_of, digest_of
 from nse_tools.tracing.contexts import Contexts, sample_contexts
 from nse_tools.tracing.corpus import Corpus

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ import pandas as pd
 
 from nse_tools.editing import Method
 from nse_tools.errors import SettingError
-from nse_tools.models.storage import SCRATCH
+from nse_tools.models.storage import digest_of_bytes, write_durably, write_folder_durably
 
 MANIFEST, ABOUT, SCORES, ROUNDS = "comparison.json", "cell.json", "scores.csv", "rounds.csv"
 RECORDED = ("methods", "model", "machine")
@@ -83,7 +82,7 @@ class ComparisonFolder:
                     f"{store.path} holds another comparison: {differing}. Ask for the same again to go on with it, or give another folder."
                 )
             known = there["methods"]
-        _write_text(store.path / MANIFEST, _json({**asked, "methods": list(dict.fromkeys([*known, *asked["methods"]]))}))
+        write_durably(store.path / MANIFEST, _json({**asked, "methods": list(dict.fromkeys([*known, *asked["methods"]]))}).encode())
         return store
 
     def about(self) -> dict[str, Any]:
@@ -123,7 +122,7 @@ class ComparisonFolder:
                 "were made with (another machine or thread count?). Go on where the comparison was begun, or give another folder."
             )
         merged = {**inputs, "moments": {**before, **inputs["moments"]}}
-        _write_text(self.path / "seeds" / f"seed{seed}.json", _json(merged))
+        write_durably(self.path / "seeds" / f"seed{seed}.json", _json(merged).encode())
 
     # ---- cells -------------------------------------------------------------------------------------------------------
     def find(self, method: Mapping[str, Any], seed: int) -> Cell | None:
@@ -151,20 +150,15 @@ class ComparisonFolder:
     def write(self, cell: Cell) -> None:
         """Write a finished cell: into a folder beside its place, then moved there with one rename."""
         place = self._place(cell.name, cell.seed)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=SCRATCH) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            for name, table in ((SCORES, cell.scores), (ROUNDS, cell.rounds)):
-                table.to_csv(new / name, index=False, lineterminator="\n")
-            digests = {name: digest_of_bytes((new / name).read_bytes()) for name in (SCORES, ROUNDS)}
-            about = {"method": cell.method, "seed": cell.seed, "stopped": cell.stopped, "files": digests}
-            (new / ABOUT).write_text(_json(about), encoding="utf-8")
-            try:
-                new.rename(place)
-            except OSError:
-                if not (place / ABOUT).exists():  # otherwise another process has finished the same cell meanwhile
-                    raise
+        tables = ((SCORES, cell.scores), (ROUNDS, cell.rounds))
+        files = {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables}
+        digests = {name: digest_of_bytes(data) for name, data in files.items()}
+        about = {"method": cell.method, "seed": cell.seed, "stopped": cell.stopped, "files": digests}
+        try:
+            write_folder_durably(place, {**files, ABOUT: _json(about).encode()})
+        except OSError:
+            if not (place / ABOUT).exists():  # otherwise another process has finished the same cell meanwhile
+                raise
 
     def cells(self) -> list[Cell]:
         """Return all finished cells, in the order of the methods in the manifest and of the seeds."""
@@ -190,11 +184,6 @@ def plain(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _defaults() -> dict[str, Any]:
     return plain({f.name: f.default for f in fields(Method) if f.default is not MISSING})
-
-
-def digest_of_bytes(data: bytes) -> str:
-    """Return a hash of bytes."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _read(place: Path) -> Cell:
@@ -235,11 +224,3 @@ def _short(value: Any) -> str:
 
 def _json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=SCRATCH) as scratch:
-        new = Path(scratch) / "new"
-        new.write_text(text, encoding="utf-8")
-        new.replace(file)

@@ -1,9 +1,13 @@
-"""Writing tensors to disk so that a file is there entirely or not at all."""
+"""Writing to disk so that a file or folder is there entirely or not at all, after a crash as well."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,7 +18,7 @@ SCRATCH = ".writing-"
 """How the names of unfinished folders begin; one is left only where a process was killed while it wrote."""
 
 
-def save_atomically(tensors: Mapping[str, Tensor], file: Path, about: Mapping[str, str]) -> None:
+def save_atomically(tensors: Mapping[str, Tensor], file: Path, about: Mapping[str, str], *, durable: bool = False) -> None:
     """Write a safetensors file beside its place and move it there with one rename.
 
     Parameters
@@ -25,6 +29,8 @@ def save_atomically(tensors: Mapping[str, Tensor], file: Path, about: Mapping[st
         Its place; the folder is made where it is not there.
     about : mapping of str to str
         The file's metadata.
+    durable : bool
+        Wait until the file is on disk, so that a power cut cannot leave half of it.
 
     Raises
     ------
@@ -38,4 +44,106 @@ def save_atomically(tensors: Mapping[str, Tensor], file: Path, about: Mapping[st
             save_file(dict(tensors), new, metadata=dict(about))
         except SafetensorError as wrong:  # how safetensors reports a full disk
             raise OSError(str(wrong)) from wrong
+        if durable:
+            _sync(new)
         new.replace(file)
+    if durable:
+        _sync(file.parent)
+
+
+def write_durably(file: Path, data: bytes) -> None:
+    """Write a file beside its place, wait until it is on disk, and move it there with one rename.
+
+    Raises
+    ------
+    OSError
+        If the folder is full or cannot be written; what was at the place is still there.
+    """
+    make_folder(file.parent)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=SCRATCH) as scratch:
+        new = Path(scratch) / "new"
+        _write(new, data)
+        new.replace(file)
+    _sync(file.parent)
+
+
+def write_folder_durably(place: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files beside its place, wait until it is on disk, and move it there with one rename.
+
+    Parameters
+    ----------
+    place : Path
+        Its place, where nothing may be yet.
+    files : mapping of str to bytes
+        File name → contents.
+
+    Raises
+    ------
+    OSError
+        If something is at the place already, or the folder around it is full or cannot be written.
+    """
+    make_folder(place.parent)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=SCRATCH) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        for name, data in files.items():
+            _write(new / name, data)
+        _sync(new)
+        new.rename(place)
+    _sync(place.parent)
+
+
+def remove_folder(place: Path) -> None:
+    """Delete a folder so that it is never seen half deleted: it is first renamed to an unfinished one.
+
+    Raises
+    ------
+    OSError
+        If it cannot be moved away.
+    """
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=SCRATCH, ignore_cleanup_errors=True) as scratch:
+        place.rename(Path(scratch) / "old")
+
+
+def remove_scratch(folder: Path) -> None:
+    """Delete what processes that were killed while they wrote into a folder left there."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and wait until it is on disk.
+
+    Raises
+    ------
+    OSError
+        If it cannot be made.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in reversed(missing):
+        _sync(place.parent)
+
+
+def digest_of_bytes(data: bytes) -> str:
+    """Return a hash of bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _write(file: Path, data: bytes) -> None:
+    with file.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sync(place: Path) -> None:
+    """Wait until a file's contents, or a folder's entries, are on disk."""
+    if os.name == "nt" and place.is_dir():  # Windows opens no folders, and needs no such call
+        return
+    number = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        with suppress(OSError):
+            os.close(number)

@@ -23,7 +23,7 @@ class OriginalWeights:
     def __init__(self, model: EditableModel) -> None:
         self._model = model
         self._kept: dict[int, Tensor] = {}
-        self._fingerprint: str | None = None
+        self._hashes: tuple[str, str] | None = None
 
     def keep(self, layers: Iterable[int]) -> None:
         """Keep the present weights of these layers as their originals, where none are kept yet.
@@ -61,20 +61,30 @@ class OriginalWeights:
 
     def fingerprint(self) -> str:
         """Return a hash of configuration and original parameters (computed once)."""
-        if self._fingerprint is None:
+        return self._hashed()[0]
+
+    def parameters_digest(self) -> str:
+        """Return a hash of the original parameters alone, whatever the configuration says (computed once)."""
+        return self._hashed()[1]
+
+    def _hashed(self) -> tuple[str, str]:
+        if self._hashes is None:
             own = {self._model.weight_name(i): i for i in self._kept}
-            digest = hashlib.blake2b(repr(sorted(_plain_config(self._model).items())).encode(), digest_size=16)
+            whole = hashlib.blake2b(config_text(self._model).encode(), digest_size=16)
+            parameters = hashlib.blake2b(digest_size=16)
             for name, parameter in self._model.hf.named_parameters():
-                digest.update(name.encode())
                 if name in own:
                     # kept as (d_model, d_ff); hash the same bytes in that orientation, edited or not
-                    digest.update(bytes_of(self._kept[own[name]]))
+                    data = bytes_of(self._kept[own[name]])
                 elif name in self._down_names():
-                    digest.update(bytes_of(copy_of(self._model.weight(self._down_names()[name]))))
+                    data = bytes_of(copy_of(self._model.weight(self._down_names()[name])))
                 else:
-                    digest.update(bytes_of(parameter.data))
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+                    data = bytes_of(parameter.data)
+                for digest in (whole, parameters):
+                    digest.update(name.encode())
+                    digest.update(data)
+            self._hashes = whole.hexdigest(), parameters.hexdigest()
+        return self._hashes
 
     def _down_names(self) -> dict[str, int]:
         return {self._model.weight_name(i): i for i in range(self._model.n_layers)}
@@ -134,7 +144,7 @@ def checksum_of(model: EditableModel) -> str:
     Much faster than a hash of all bytes, and computed where the tensors are. It notices whatever somebody wrote into the
     model since :meth:`EditableModel.fingerprint` was computed; that one tells different models apart.
     """
-    digest = hashlib.blake2b(repr(sorted(_plain_config(model).items())).encode(), digest_size=16)
+    digest = hashlib.blake2b(config_text(model).encode(), digest_size=16)
     # how attention is computed is not among the config's items; dropout acts in training mode
     digest.update(repr((getattr(model.hf.config, "_attn_implementation", None), model.hf.training)).encode())
     for name, tensor in (*model.hf.named_parameters(), *model.hf.named_buffers()):
@@ -154,9 +164,10 @@ def _words(tensor: Tensor) -> Tensor:
     return rows.view(next(d for d in (torch.int64, torch.int32, torch.int16, torch.uint8) if not (length | offset) % d.itemsize))
 
 
-def _plain_config(model: EditableModel) -> dict[str, object]:
+def config_text(model: EditableModel) -> str:
+    """Return the configuration as one text, without what says only where it came from."""
     drop = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config"}
-    return {k: v for k, v in model.hf.config.to_dict().items() if k not in drop}
+    return repr(sorted((k, v) for k, v in model.hf.config.to_dict().items() if k not in drop))
 
 
 def bytes_of(tensor: Tensor) -> bytes:

@@ -188,6 +188,6 @@ def _write(file: Path, moments: SecondMoments) -> None:
 
 def _save(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:
     try:
-        save_atomically(tensors, file, about)
+        save_atomically(tensors, file, about, durable=True)
     except OSError as wrong:  # a full or read-only cache costs time, not the result
         _log.warning("key statistics could not be cached in %s: %s", file.parent, wrong)
