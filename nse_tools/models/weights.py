@@ -62,7 +62,7 @@ class OriginalWeights:
         """Return a hash of configuration and original parameters (computed once)."""
         if self._fingerprint is None:
             own = {self._model.weight_name(i): i for i in self._kept}
-            digest = hashlib.blake2b(repr(sorted(_plain_config(self._model).items())).encode(), digest_size=16)
+            digest = hashlib.blake2b(repr(sorted(plain_config(self._model).items())).encode(), digest_size=16)
             for name, parameter in self._model.hf.named_parameters():
                 digest.update(name.encode())
                 if name in own:
@@ -130,7 +130,7 @@ def checksum_of(model: EditableModel) -> str:
     Much faster than a hash of all bytes, and computed where the tensors are. It notices whatever somebody wrote into the
     model since :meth:`EditableModel.fingerprint` was computed; that one tells different models apart.
     """
-    digest = hashlib.blake2b(repr(sorted(_plain_config(model).items())).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr(sorted(plain_config(model).items())).encode(), digest_size=16)
     # how attention is computed is not among the config's items; dropout acts in training mode
     digest.update(repr((getattr(model.hf.config, "_attn_implementation", None), model.hf.training)).encode())
     for name, tensor in (*model.hf.named_parameters(), *model.hf.named_buffers()):
@@ -150,7 +150,8 @@ def _words(tensor: Tensor) -> Tensor:
     return rows.view(next(d for d in (torch.int64, torch.int32, torch.int16, torch.uint8) if not (length | offset) % d.itemsize))
 
 
-def _plain_config(model: EditableModel) -> dict[str, object]:
+def plain_config(model: EditableModel) -> dict[str, object]:
+    """Return the model's configuration without what says where and how it was loaded."""
     drop = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config"}
     return {k: v for k, v in model.hf.config.to_dict().items() if k not in drop}
 
