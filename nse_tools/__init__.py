@@ -75,11 +75,16 @@ _HOME = {
     "retention": "evaluation",
     "score_facts": "evaluation",
     "weight_growth": "evaluation",
+    "SharedEdit": "sharing",
+    "apply_patch": "sharing",
+    "inspect_patch": "sharing",
+    "remove_patch": "sharing",
+    "verify_patch": "sharing",
     "run_stream": "figures",
     "save_comparison": "figures",
     "save_stream": "figures",
 }
-_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "tracing"}
+_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "sharing", "tracing"}
 
 __all__ = ["__version__", *sorted(_HOME), *sorted(_ROOMS)]  # noqa: PLE0604
 
@@ -89,6 +94,7 @@ if TYPE_CHECKING:
     from nse_tools.facts import *  # noqa: F403
     from nse_tools.figures import *  # noqa: F403
     from nse_tools.models import *  # noqa: F403
+    from nse_tools.sharing import *  # noqa: F403
     from nse_tools.tracing import *  # noqa: F403
 
 

@@ -6,6 +6,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -272,6 +273,37 @@ class EditSession:
             if digest_of(self.model, self.method.layers) != expected:
                 raise StateError(f"The weights of round {round} could not be made again bit for bit; was the thread count changed?")
             return {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}
+
+    def export(self, path: str | Path, as_: str = "model", **options: Any) -> Any:
+        """Write the edit for use without this session; it is read again and compared with this model before it is put in place.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file (``"patch"``) or folder.
+        as_ : {"model", "patch", "lora"}
+            A Hugging Face folder that plain transformers loads; one small file for :func:`nse_tools.apply_patch`, which gives
+            the same model these weights bit for bit; or a LoRA adapter for PEFT.
+        **options
+            ``round`` (the state after that round), ``overwrite`` (an earlier export), ``check`` (load model or adapter again
+            and compare logits; True by default), ``rank`` (of the adapter).
+
+        Returns
+        -------
+        SharedEdit
+            What was written, with its size and what was compared.
+
+        Raises
+        ------
+        SettingError
+            If there is nothing to export, the path is taken, or an option is wrong.
+        StateError
+            If somebody changed the edited weights.
+        ExportError
+            If it cannot be written or does not do what the edit does; nothing is left behind.
+        """
+        self._check_untouched()
+        return _late.call("sharing", "export_session", self, path, as_, **options)
 
     # ---- looking -----------------------------------------------------------------------------------------------------
     def scores(self, round: int | None = None, **options: Any) -> pd.DataFrame:
