@@ -160,6 +160,7 @@ def test_replaying_without_a_change_gives_the_models_own_states(name: str) -> No
     rows = {
         "no prefix": [LocatedPrompt(ids[:3], 0, 3), LocatedPrompt(ids[2:5], 0, 3)],
         "one token": [LocatedPrompt(ids[:8], 7, 8), LocatedPrompt(ids[3:5], 1, 2), LocatedPrompt(ids, len(ids) - 1, len(ids))],
+        "one beginning": [LocatedPrompt(ids[:n], n - back, n) for n, back in ((12, 3), (9, 1), (9, 5), (7, 2), (8, 3))],
         "mixed": [LocatedPrompt(ids[:6], 0, 6), LocatedPrompt(ids, len(ids) - 6, len(ids)), LocatedPrompt(ids[1:9], 2, 8)],
     }
     naive = reference_of(model)
@@ -254,7 +255,7 @@ def test_the_way_of_a_model_that_cannot_be_replayed_from_a_cache_is_whole(monkey
 
     def broken(cls, model, prompts, layer, whole=False, packed=False):
         batch = record(cls, model, prompts, layer, whole, packed)
-        return batch if whole else type(batch)(**{f: getattr(batch, f) for f in batch.__slots__} | {"final": batch.final * 2})
+        return batch if whole else type(batch)(**{f: getattr(batch, f) for f in batch.__slots__} | {"hidden": batch.hidden * 2})
 
     monkeypatch.setattr(SuffixBatch, "record", classmethod(broken))
     found = compute_values(model, FACTS[:2], CONTEXTS, METHOD)
