@@ -21,7 +21,7 @@ from nse_tools.models import EditableModel
 from nse_tools.models.architecture import stores_transposed
 from nse_tools.models.weights import copy_of
 from nse_tools.sharing.copies import compared, logits_of, probes, shared_copy
-from nse_tools.sharing.manifest import LogitCheck, SharedEdit, SharedParameter, digest, public_name, total_size
+from nse_tools.sharing.manifest import LogitCheck, SharedEdit, SharedParameter, digest, json_of, public_name, total_size
 from nse_tools.sharing.places import MANIFEST, new_folder
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -71,7 +71,7 @@ def export_adapter(
     with new_folder(about.path, overwrite) as new:
         _write(model, factors, new)
         edit = replace(about, check=_check(model, new, about, exact=rank is None) if check else None)
-        (new / MANIFEST).write_text(edit.to_json(), encoding="utf-8")
+        (new / MANIFEST).write_text(json_of(edit.to_dict()), encoding="utf-8")
         size = total_size(new.iterdir())
     return replace(edit, size=size)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from nse_tools.errors import ExportError
 from nse_tools.models import EditableModel
 from nse_tools.sharing.copies import compared, logits_of, probes, shared_copy
-from nse_tools.sharing.manifest import LogitCheck, SharedEdit, total_size
+from nse_tools.sharing.manifest import LogitCheck, SharedEdit, json_of, total_size
 from nse_tools.sharing.places import MANIFEST, new_folder
 
 
@@ -47,7 +47,7 @@ def export_model(model: EditableModel, about: SharedEdit, overwrite: bool, check
         plain.save_pretrained(new)
         model.tokenizer.save_pretrained(new)
         edit = replace(about, check=_check(model, plain, new, about) if check else None)
-        (new / MANIFEST).write_text(edit.to_json(), encoding="utf-8")
+        (new / MANIFEST).write_text(json_of(edit.to_dict()), encoding="utf-8")
         size = total_size(new.iterdir())
     return replace(edit, size=size)
 

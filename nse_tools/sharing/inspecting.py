@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nse_tools.errors import PatchError
 from nse_tools.sharing.manifest import SharedEdit, total_size
-from nse_tools.sharing.manifest_reading import read_manifest
+from nse_tools.sharing.manifest_reading import parse_manifest, read_manifest
 from nse_tools.sharing.patch_file import PatchFile
 from nse_tools.sharing.places import MANIFEST
 
@@ -39,7 +39,7 @@ def inspect_patch(path: str | Path) -> SharedEdit:
         file = path / MANIFEST
         if file.stat().st_size > _MAX_MANIFEST:
             raise PatchError(f"{file} has {file.stat().st_size} bytes, more than any manifest; it is not read.")
-        return read_manifest(file.read_bytes(), path, total_size(f for f in path.iterdir() if f.is_file()))
+        return read_manifest(parse_manifest(file.read_bytes(), path), path, total_size(f for f in path.iterdir() if f.is_file()))
     except FileNotFoundError:
         raise PatchError(f"The folder {path} holds no export of nse_tools: it has no {MANIFEST}.") from None
     except OSError as wrong:

@@ -204,9 +204,9 @@ class SharedEdit:
         rows = [(number, f.id, f.text, f.target_new, f.target_true) for number, facts in enumerate(self.rounds, 1) for f in facts]
         return pd.DataFrame(rows, columns=["round", "fact", "prompt", "target_new", "target_true"])
 
-    def to_json(self) -> str:
-        """Return what is written into the file or folder: everything but place and size."""
-        data: dict[str, Any] = {
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is written into the file or folder, as plain data: everything but place and size."""
+        data = {
             "version": str(VERSION),
             "kind": self.kind,
             "base": asdict(self.base),
@@ -216,7 +216,8 @@ class SharedEdit:
             "versions": dict(self.versions),
             "check": None if self.check is None else asdict(self.check),
         }
-        return json.dumps(_finite(data), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        found: dict[str, Any] = plain(data)
+        return found
 
     def __repr__(self) -> str:
         facts = f"{self.n_facts} fact{'s' * (self.n_facts != 1)} in {len(self.rounds)} round{'s' * (len(self.rounds) != 1)}"
@@ -239,6 +240,11 @@ def public_name(model: EditableModel) -> str:
 def plain(data: Any) -> Any:
     """Return data as it comes back from a JSON file."""
     return json.loads(json.dumps(_finite(data), default=str))
+
+
+def json_of(data: Mapping[str, Any]) -> str:
+    """Return plain data as JSON, always in the same way."""
+    return json.dumps(data, sort_keys=True, allow_nan=False)
 
 
 def digest(weight: Tensor) -> str:

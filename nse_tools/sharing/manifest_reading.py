@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -34,20 +35,32 @@ def check_version(version: object, path: Path) -> None:
         )
 
 
-def read_manifest(text: str | bytes, path: Path, size: int) -> SharedEdit:
-    """Read what :meth:`SharedEdit.to_json` wrote.
+def parse_manifest(text: str | bytes, path: Path) -> dict[str, Any]:
+    """Return a manifest's entries, where it is JSON and of a version that can be read.
+
+    Raises
+    ------
+    PatchError
+        If it is not.
+    """
+    try:
+        data = parse_json(text)
+        json.dumps(data, ensure_ascii=False).encode()  # half a character (a lone surrogate) cannot be shown or written
+    except (HeaderError, UnicodeEncodeError, RecursionError) as wrong:
+        raise PatchError(f"{path}: the manifest cannot be read: {wrong}.") from wrong
+    check_version(_Entries(data, path, "").get("version"), path)
+    return dict(data)
+
+
+def read_manifest(data: Mapping[str, Any], path: Path, size: int) -> SharedEdit:
+    """Read what :meth:`SharedEdit.to_dict` gave.
 
     Raises
     ------
     PatchError
         Naming the entry that is missing or wrong, and what was expected.
     """
-    try:
-        data = parse_json(text)
-    except HeaderError as wrong:
-        raise PatchError(f"{path}: the manifest cannot be read: {wrong}.") from wrong
     top = _Entries(data, path, "")
-    check_version(top.get("version"), path)
     kind: Kind = top.one_of("kind", get_args(Kind))
     base = top.entries("base")
     return SharedEdit(

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +24,12 @@ from nse_tools.errors import PatchError
 from nse_tools.models.headers import HeaderError, SafetensorsHeader, read_safetensors_header
 from nse_tools.models.weights import bytes_of
 from nse_tools.sharing.exact import add_product
-from nse_tools.sharing.manifest import VERSION, SharedEdit, SharedParameter, Step, digest
-from nse_tools.sharing.manifest_reading import check_version, read_manifest
+from nse_tools.sharing.manifest import SharedEdit, SharedParameter, Step, digest, json_of
+from nse_tools.sharing.manifest_reading import parse_manifest, read_manifest
 
 CODES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 CODES |= {torch.int64: "I64", torch.uint8: "U8"}
-_FORMAT, _MANIFEST, _CHECKSUM = "nse_patch", "manifest", "checksum"
+_MANIFEST, _CHECKSUM = "nse_patch", "checksum"
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -95,10 +96,11 @@ def unpacked(bits: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def write_patch(edit: SharedEdit, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a patch file."""
-    text = edit.to_json()
-    about = {_FORMAT: str(VERSION), _MANIFEST: text, _CHECKSUM: _checksum(text, sorted(tensors), tensors.__getitem__)}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=about)
+    """Write a patch file; one edit always gives the same bytes."""
+    said = edit.to_dict()
+    said[_CHECKSUM] = checksum(said, sorted(tensors), tensors.__getitem__)
+    # one entry only: safetensors writes several in an order that changes from time to time
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={_MANIFEST: json_of(said)})
 
 
 class PatchFile:
@@ -119,15 +121,13 @@ class PatchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         header = self._header()
-        about = header.metadata
-        if _FORMAT not in about:
-            raise PatchError(f"{path} is a safetensors file, but not a patch of nse_tools: its metadata has no entry {_FORMAT!r}.")
-        check_version(about[_FORMAT], path)
-        if missing := {_MANIFEST, _CHECKSUM} - about.keys():
-            raise PatchError(f"{path}: the metadata has no {' and no '.join(sorted(missing))}; the file is damaged.")
-        self.edit = read_manifest(about[_MANIFEST], path, path.stat().st_size)
+        if _MANIFEST not in header.metadata:
+            raise PatchError(f"{path} is a safetensors file, but not a patch of nse_tools: its metadata has no entry {_MANIFEST!r}.")
+        said = parse_manifest(header.metadata[_MANIFEST], path)
+        promised = said.pop(_CHECKSUM, None)
+        self.edit = read_manifest(said, path, path.stat().st_size)
         self._check_layout(header)
-        if _checksum(about[_MANIFEST], sorted(header.tensors), self._read) != about[_CHECKSUM]:
+        if checksum(said, sorted(header.tensors), self._read) != promised:
             raise PatchError(f"{path}: its checksum does not match: the file was altered or damaged since it was written. Get it anew.")
 
     @property
@@ -202,8 +202,9 @@ class PatchFile:
         return tensor
 
 
-def _checksum(manifest: str, names: list[str], tensor: Callable[[str], Tensor]) -> str:
-    digest = hashlib.blake2b(manifest.encode(), digest_size=16)
+def checksum(manifest: Mapping[str, Any], names: list[str], tensor: Callable[[str], Tensor]) -> str:
+    """Return a hash of a manifest and of tensors in the order of their names."""
+    digest = hashlib.blake2b(json_of(manifest).encode(), digest_size=16)
     for name in names:
         values = tensor(name)
         digest.update(f"\n{name} {values.dtype} {tuple(values.shape)} ".encode())

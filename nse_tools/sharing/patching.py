@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nse_tools.editing import EditRound, LayerUpdate
-from nse_tools.errors import ExportError
+from nse_tools.errors import ExportError, PatchError
 from nse_tools.models import EditableModel
 from nse_tools.models.weights import copy_of
 from nse_tools.sharing.exact import same_bits
@@ -56,11 +56,13 @@ def export_patch(model: EditableModel, rounds: Sequence[EditRound], about: Share
 
 
 def _check(file: Path, model: EditableModel) -> SharedEdit:
-    found = PatchFile(file)
-    for p in found.edit.parameters:
-        weight = found.apply_to(p, model.originals[p.layer])
-        if not bool(same_bits(weight, copy_of(model.weight(p.layer))).all()):
-            raise ExportError(f"{p.name}: read again, the patch does not give the edited weight; nothing was written.")
+    try:
+        found = PatchFile(file)
+        weights = {p.layer: found.apply_to(p, model.originals[p.layer]) for p in found.edit.parameters}
+    except PatchError as wrong:
+        raise ExportError(f"The patch does not come back from the disk as it was written: {wrong} Nothing was kept of it.") from wrong
+    if differing := [layer for layer, w in weights.items() if not bool(same_bits(w, copy_of(model.weight(layer))).all())]:
+        raise ExportError(f"Read again, the patch does not give the edited weights of layers {differing}; nothing was kept of it.")
     return found.edit
 
 
