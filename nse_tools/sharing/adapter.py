@@ -187,8 +187,9 @@ def _check(model: EditableModel, folder: Path, about: SharedEdit, exact: bool) -
 
 
 def _tolerance(model: EditableModel, check: LogitCheck) -> float:
-    """Return how far logits may be apart: rounding, or a tenth of what the edit does where that is more and still small."""
+    """Return how far logits may be apart: by rounding, or by a part of what the edit does where that is more and still small."""
     eps = torch.finfo(model.dtype).eps
-    # W₀ + ΔW is rounded to the weights' dtype in the edited model, and not in the adapter: with few bits this is most of it
-    rounding = (64 if eps < 1e-5 else 8) * eps * check.largest_logit
-    return max(rounding, min(100 * rounding, check.largest_effect / 10))
+    # W₀ + ΔW is rounded to the weights' dtype in the edited model and not in the adapter: with few bits this is most of it
+    steps, share = (64, 0.1) if eps < 1e-5 else (8, 0.5)
+    rounding = steps * eps * check.largest_logit
+    return max(rounding, min(100 * rounding, share * check.largest_effect))
