@@ -133,7 +133,7 @@ def test_a_smaller_rank_is_the_best_of_its_size_and_says_what_is_lost(tmp_path: 
 def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     written = edited(dtype=dtype).export(tmp_path / "adapter", "lora")
     assert written.check.largest_difference < 0.5 * written.check.largest_effect, written.check
-    assert all(p.relative_error < 0.05 for p in written.parameters)  # the edited weights themselves are rounded
+    assert all(p.relative_error < 0.1 for p in written.parameters)  # the edited weights themselves are rounded
     tensors, _ = contents(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
 
