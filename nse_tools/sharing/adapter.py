@@ -176,7 +176,10 @@ def _check(model: EditableModel, folder: Path, about: SharedEdit, exact: bool) -
     with model.lock:
         edited = logits_of(model.hf, prompts)
         unedited = logits_of(base := shared_copy(model, originals), prompts)
-        found = logits_of(peft.PeftModel.from_pretrained(base, folder), prompts)
+        try:
+            found = logits_of(peft.PeftModel.from_pretrained(base, folder), prompts)
+        except (ValueError, TypeError, KeyError, RuntimeError) as wrong:
+            raise ExportError(f"{about.path}: PEFT could not load the adapter: {wrong}. Nothing was written.") from wrong
     check = compared(f"peft {peft.__version__}", found, edited, unedited)
     if exact and check.largest_difference > (allowed := _tolerance(model, check)):
         raise ExportError(

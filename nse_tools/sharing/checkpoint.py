@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,17 +46,27 @@ def export_model(model: EditableModel, about: SharedEdit, overwrite: bool, check
     """
     with new_folder(about.path, overwrite) as new:
         plain = shared_copy(model)
-        plain.save_pretrained(new)
-        model.tokenizer.save_pretrained(new)
+        with _explained(about.path, "transformers could not save it"):
+            plain.save_pretrained(new)
+            model.tokenizer.save_pretrained(new)
         edit = replace(about, check=_check(model, plain, new, about) if check else None)
         (new / MANIFEST).write_text(json_of(edit.to_dict()), encoding="utf-8")
         size = total_size(new.iterdir())
     return replace(edit, size=size)
 
 
+@contextmanager
+def _explained(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as wrong:
+        raise ExportError(f"{path}: {what}: {wrong}. Nothing was written; a patch can still be exported.") from wrong
+
+
 def _check(model: EditableModel, plain: PreTrainedModel, folder: Path, about: SharedEdit) -> LogitCheck:
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=plain.config._attn_implementation)
-    loaded = loaded.to(model.device).eval()
+    with _explained(about.path, "plain transformers could not load it"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=plain.config._attn_implementation)
+        loaded, tokenizer = loaded.to(model.device).eval(), AutoTokenizer.from_pretrained(folder)
     mine, theirs = plain.state_dict(), loaded.state_dict()
     if differing := [n for n in mine.keys() | theirs.keys() if n not in mine or n not in theirs or not torch.equal(mine[n], theirs[n])]:
         raise ExportError(
@@ -67,8 +79,7 @@ def _check(model: EditableModel, plain: PreTrainedModel, folder: Path, about: Sh
         unedited = logits_of(shared_copy(model, {layer: model.originals[layer] for layer in about.layers}), prompts)
     if not all(torch.equal(a, b) for a, b in zip(edited, found, strict=True)):
         raise ExportError(f"{about.path}: loaded with plain transformers, the model gives other logits; nothing was written.")
-    tokenizer, texts = AutoTokenizer.from_pretrained(folder), [fact.text for facts in about.rounds for fact in facts]
-    for text in texts:
+    for text in (fact.text for facts in about.rounds for fact in facts):
         if tuple(tokenizer(text)["input_ids"]) != model.encode(text).ids:
             raise ExportError(f"{about.path}: loaded again, the tokenizer splits {text!r} in another way; nothing was written.")
     return compared(f"transformers {transformers.__version__}", found, edited, unedited)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+from transformers.utils.quantization_config import GgufConfig
 
 import nse_tools as nse
 from models_small import NAMES, build, build_hf, tokenizer
@@ -96,6 +98,21 @@ def test_the_copy_shares_all_but_what_is_put_in(tmp_path: Path) -> None:
     assert copy is not model.hf
 
 
+def test_a_model_read_from_gguf_is_saved_as_plain_numbers(tmp_path: Path) -> None:
+    """Such a model carries transformers' quantiser, and refuses to be saved as it is."""
+    session = edited("llama")
+    hf = session.model.hf
+    hf.config.quantization_config = GgufConfig()
+    hf.hf_quantizer, hf.is_quantized, hf.quantization_method = GgufHfQuantizer(hf.config.quantization_config), True, "gguf"
+    with pytest.raises(ValueError, match="not serializable"):
+        hf.save_pretrained(tmp_path / "plain")
+    assert session.export(tmp_path / "model").check.largest_difference == 0
+    assert "quantization_config" not in (tmp_path / "model" / "config.json").read_text()
+    assert hf.is_quantized  # the session's model is left as it is
+    session.export(tmp_path / "patch", "patch")
+    nse.apply_patch(build(), tmp_path / "patch")
+
+
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
 def test_a_model_that_its_config_does_not_describe_is_not_exported(tmp_path: Path) -> None:
     hf = build_hf("llama", vocab=len(tokenizer()))
@@ -107,6 +124,14 @@ def test_a_model_that_its_config_does_not_describe_is_not_exported(tmp_path: Pat
     model = EditableModel(hf, tokenizer(), Architecture("model.layers", "mlp.odd_name", "model.norm"), name="odd")
     session = nse.EditSession(model, nse.Method("test", LAYERS), progress=False)
     with pytest.raises(ExportError, match="plain transformers loads other weights than were saved"):
+        session.export(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_transformers_does_not_save_is_explained(tmp_path: Path) -> None:
+    session = edited()
+    session.model.hf.generation_config.temperature = 0.5  # without sampling: transformers refuses to save that
+    with pytest.raises(ExportError, match="(?s)transformers could not save it: .*temperature"):
         session.export(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -192,6 +217,8 @@ def test_the_export_needs_nothing_of_this_library(tmp_path: Path) -> None:
     code = f"""
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+from transformers.utils.quantization_config import GgufConfig
 torch.set_num_threads(1)
 hf, tok = (c.from_pretrained({str(tmp_path / "model")!r}) for c in (AutoModelForCausalLM, AutoTokenizer))
 torch.save(hf(torch.tensor([tok({PROMPT!r})["input_ids"]])).logits.detach(), {str(tmp_path / "logits.pt")!r})
