@@ -81,12 +81,17 @@ _HOME = {
     "SavedSession": "storage",
     "holds_session": "storage",
     "read_session": "storage",
+    "SharedEdit": "sharing",
+    "apply_patch": "sharing",
+    "inspect_patch": "sharing",
+    "remove_patch": "sharing",
+    "verify_patch": "sharing",
     "run_stream": "figures",
     "save_comparison": "figures",
     "save_stream": "figures",
     "session_report": "figures",
 }
-_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "storage", "tracing"}
+_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "sharing", "storage", "tracing"}
 
 __all__ = ["__version__", *sorted(_HOME), *sorted(_ROOMS)]  # noqa: PLE0604
 
@@ -96,6 +101,7 @@ if TYPE_CHECKING:
     from nse_tools.facts import *  # noqa: F403
     from nse_tools.figures import *  # noqa: F403
     from nse_tools.models import *  # noqa: F403
+    from nse_tools.sharing import *  # noqa: F403
     from nse_tools.storage import *  # noqa: F403
     from nse_tools.tracing import *  # noqa: F403
 

@@ -49,6 +49,14 @@ class MissingPackageError(NSEError, ImportError):
     """An optional package that is not installed; says how to install it."""
 
 
+class PatchError(NSEError, ValueError):
+    """A patch or an exported folder that cannot be read, or does not fit this model; the model is as it was before."""
+
+
+class ExportError(NSEError, RuntimeError):
+    """An export that could not be written, or did not behave as the edited model does; nothing was left behind."""
+
+
 class StateError(NSEError, RuntimeError):
     """The model's weights are not what the session says they are."""
 

@@ -188,6 +188,37 @@ class EditSession(TimeTravel):
         session: EditSession = _late.call("storage", "load_session", path, model, **options)
         return session
 
+    def export(self, path: str | Path, as_: str = "model", **options: Any) -> Any:
+        """Write the edit for use without this session; it is read again and compared with this model before it is put in place.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file (``"patch"``) or folder.
+        as_ : {"model", "patch", "lora"}
+            A Hugging Face folder that plain transformers loads; one small file for :func:`nse_tools.apply_patch`, which gives
+            the same model these weights bit for bit; or a LoRA adapter for PEFT.
+        **options
+            ``round`` (the state after that round), ``overwrite`` (an earlier export), ``check`` (load model or adapter again
+            and compare logits; True by default), ``rank`` (of the adapter).
+
+        Returns
+        -------
+        SharedEdit
+            What was written, with its size and what was compared.
+
+        Raises
+        ------
+        SettingError
+            If there is nothing to export, the path is taken, or an option is wrong.
+        StateError
+            If somebody changed the edited weights.
+        ExportError
+            If it cannot be written or does not do what the edit does; nothing is left behind.
+        """
+        self._turn.check(self, own=False)
+        return _late.call("sharing", "export_session", self, path, as_, **options)
+
     # ---- looking -----------------------------------------------------------------------------------------------------
     def scores(self, round: int | None = None, **options: Any) -> pd.DataFrame:
         """Return efficacy, generalization, specificity, … after each round, or after one (:func:`nse_tools.evaluation.session_scores`)."""

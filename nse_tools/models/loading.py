@@ -12,6 +12,8 @@ from nse_tools.errors import ModelError
 from nse_tools.models import embedded
 from nse_tools.models.architecture import Architecture
 from nse_tools.models.editable import EditableModel
+from nse_tools.models.gguf_header import check_gguf
+from nse_tools.models.headers import HeaderError, check_weights_folder
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ def load_model(
 def _from_name(source: str | Path, dtype: torch.dtype | None, progress: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     place, gguf = _place(source, progress)
     extra = {"gguf_file": gguf} if gguf else {}
+    _check_headers(Path(place), gguf)
     try:
         hf = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **extra)
         tokenizer = AutoTokenizer.from_pretrained(place, **extra)
@@ -82,6 +85,18 @@ def _from_name(source: str | Path, dtype: torch.dtype | None, progress: bool) ->
             "or a .gguf file."
         ) from wrong
     return hf, tokenizer, Path(source).stem if gguf else str(source)
+
+
+def _check_headers(place: Path, gguf: str | None) -> None:
+    """Refuse local weights whose headers do not describe their files, before a reader believes them."""
+    try:
+        if gguf:
+            check_gguf(place / gguf)
+        elif place.is_dir():
+            check_weights_folder(place)
+    except HeaderError as wrong:
+        where = place / gguf if gguf else place
+        raise ModelError(f"The weights in {where} cannot be read: {wrong}. Get the file anew; a download may have been cut off.") from wrong
 
 
 def _place(source: str | Path, progress: bool) -> tuple[str, str | None]:

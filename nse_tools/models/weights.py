@@ -164,10 +164,15 @@ def _words(tensor: Tensor) -> Tensor:
     return rows.view(next(d for d in (torch.int64, torch.int32, torch.int16, torch.uint8) if not (length | offset) % d.itemsize))
 
 
-def config_text(model: EditableModel) -> str:
-    """Return the configuration as one text, without what says only where it came from."""
+def plain_config(model: EditableModel) -> dict[str, object]:
+    """Return the model's configuration without what says where and how it was loaded."""
     drop = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config"}
-    return repr(sorted((k, v) for k, v in model.hf.config.to_dict().items() if k not in drop))
+    return {k: v for k, v in model.hf.config.to_dict().items() if k not in drop}
+
+
+def config_text(model: EditableModel) -> str:
+    """Return that configuration as one text."""
+    return repr(sorted(plain_config(model).items()))
 
 
 def bytes_of(tensor: Tensor) -> bytes:

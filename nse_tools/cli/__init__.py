@@ -15,6 +15,8 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
+from nse_tools.cli import sharing
+from nse_tools.cli.shell import Model, console, errors_in_one_line
 from nse_tools.errors import NSEError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from nse_tools.facts import FactList
 
 app = typer.Typer(help="See and steer what a language model knows.", no_args_is_help=True, add_completion=False)
-console = Console()
+app.add_typer(sharing.commands)
 
 _SHOWN = {
     "round": "round",
@@ -63,7 +65,6 @@ _COMPARED = (
     " · specific.: neighbours keep theirs · first: accuracy on the first round's facts · s/edit: where every value was searched for"
 )
 
-Model = Annotated[str, typer.Option(help="'smollm2-135m', a hub id, a folder or a .gguf file.")]
 Facts = Annotated[
     str, typer.Option(help="'world' (facts the embedded model knows first), or a JSON file of CounterFact, zsRE or our own schema.")
 ]
@@ -94,7 +95,7 @@ def demo(
     from nse_tools.models import load_model
 
     makers = {"nse": methods.nse, "memit": methods.memit, "memit_seq": methods.memit_seq}
-    with _errors_in_one_line():
+    with errors_in_one_line():
         if method not in makers:
             raise NSEError(f"--method {method}: expected one of {', '.join(makers)}.")
         chosen = _stream(facts)
@@ -127,7 +128,7 @@ def compare(
     from nse_tools.figures import save_comparison
     from nse_tools.models import load_model
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         settings = {"preset": None if preset == "none" else preset, **_settings(change or [])}
         chosen = [known_methods.get(name.strip(), **settings) for name in methods.split(",")]
         stream = _stream(facts)
@@ -160,7 +161,7 @@ def known(
     from nse_tools.facts import load_facts
     from nse_tools.models import load_model
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         table = knowledge(load_model(model), load_facts(facts), progress=True).sort_values("id")
         table.to_csv(out, index=False, lineterminator="\n")
     console.print(f"{int(table.known.sum())} of {len(table)} facts are known; written to {out}")
@@ -220,19 +221,3 @@ def _cell(column: str, value: float) -> str:
     if value != value:
         return "–"
     return f"{value:.0f}" if column in ("round", "facts") else f"{value:.1f}"
-
-
-class _errors_in_one_line:  # noqa: N801  (used like a function)
-    """Turn errors of the library into one readable line and exit code 2."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, NSEError):
-            Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: ", error, markup=True)
-            raise typer.Exit(2)
-
-
-if __name__ == "__main__":
-    app()

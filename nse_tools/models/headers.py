@@ -1,0 +1,155 @@
+"""What a weights file claims to hold, compared with the file itself before anything is allocated or believed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+
+
+class HeaderError(ValueError):
+    """A header that does not describe its file; says what is wrong, the caller says in which file."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file: its dtype code, shape, and the bytes it covers after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    """The tensors of a safetensors file, by name, and its metadata."""
+
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def read_safetensors_header(file: Path) -> SafetensorsHeader:
+    """Read and check the header of a safetensors file; the tensors themselves are not read.
+
+    Raises
+    ------
+    HeaderError
+        If the file is shorter than it claims, the header is no JSON of the right form or names a tensor twice, or tensors
+        overlap, leave gaps or have another length than their shape.
+    OSError
+        If the file cannot be read.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        if len(first) < 8:
+            raise HeaderError(f"it has {size} bytes, too few for a safetensors file")
+        length = int.from_bytes(first, "little")
+        if length > min(MAX_HEADER, size - 8):
+            raise HeaderError(f"its header claims {length} bytes, and the file has {size}: truncated, or no safetensors file")
+        text = stream.read(length)
+    entries = parse_json(text)
+    if not isinstance(entries, dict):
+        raise HeaderError("its header is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise HeaderError("its metadata is not a map from text to text")
+    tensors = {name: _entry(name, entry) for name, entry in entries.items()}
+    _check_places(tensors, size - 8 - length)
+    return SafetensorsHeader(tensors, metadata)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON strictly: no key twice in an object, no NaN or infinity.
+
+    Raises
+    ------
+    HeaderError
+        Saying what is wrong.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise HeaderError(f"the name {next(n for n in names if names.count(n) > 1)!r:.80} stands twice")
+        return found
+
+    def constant(name: str) -> float:
+        raise HeaderError(f"it holds the number {name}")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except HeaderError:
+        raise
+    except (ValueError, RecursionError) as wrong:  # also what is no UTF-8
+        raise HeaderError(f"it is not JSON ({str(wrong)[:120]})") from wrong
+
+
+def _entry(name: str, entry: Any) -> TensorEntry:
+    shown = f"the tensor {name!r:.80}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise HeaderError(f"{shown} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not _whole(shape) or not _whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise HeaderError(f"{shown} has no proper dtype, shape and data_offsets")
+    if dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != offsets[1] - offsets[0]:
+        raise HeaderError(f"{shown} of shape {str(shape):.80} and dtype {dtype} cannot have {offsets[1] - offsets[0]} bytes")
+    return TensorEntry(dtype, tuple(shape), *offsets)
+
+
+def _whole(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+
+
+def _check_places(tensors: Mapping[str, TensorEntry], available: int) -> None:
+    at = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != at:
+            raise HeaderError(f"the tensor {name!r:.80} begins at byte {entry.start}, expected {at}: tensors overlap or leave a gap")
+        at = entry.stop
+    if at != available:
+        raise HeaderError(f"its tensors take {at} bytes, and the file has {available} for them: truncated or damaged")
+
+
+def check_weights_folder(folder: Path) -> None:
+    """Check the headers of all safetensors files of a model folder, and that its index stays inside the folder.
+
+    Raises
+    ------
+    HeaderError
+        Naming the file.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            read_safetensors_header(file)
+        except HeaderError as wrong:
+            raise HeaderError(f"{file.name}: {wrong}") from wrong
+    for file in sorted(folder.glob("*.safetensors.index.json")):
+        _check_index(file)
+
+
+def _check_index(file: Path) -> None:
+    try:
+        index = parse_json(file.read_bytes())
+    except HeaderError as wrong:
+        raise HeaderError(f"{file.name}: {wrong}") from wrong
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict):
+        raise HeaderError(f"{file.name}: it has no weight_map")
+    for shard in shards.values():
+        if not isinstance(shard, str) or not shard or set(shard) & set("/\\\0") or shard in (".", ".."):
+            raise HeaderError(f"{file.name}: {shard!r:.80} is not the name of a file in this folder")

@@ -1,0 +1,194 @@
+"""Applying a patch to a model: everything is checked first, and then all of it is written or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nse_tools.errors import ModelError, PatchError
+from nse_tools.models import EditableModel
+from nse_tools.models.weights import copy_of, plain_config, write_weights
+from nse_tools.sharing.manifest import SharedEdit, SharedParameter, digest, plain
+from nse_tools.sharing.patch_file import PatchFile
+
+_NOT_COMPARED = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "return_dict", "pruned_heads"}
+"""Entries of a configuration that change no logit, or that versions of transformers write differently."""
+
+
+def apply_patch(model: EditableModel, path: str | Path) -> SharedEdit:
+    """Write a patch into a model: afterwards its weights are, bit for bit, those of the session that made the patch.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The same model as the patch was made for, unedited. Its weights change; ``model.original_weights()`` and
+        :func:`remove_patch` still know the ones before.
+    path : str or Path
+        The patch file.
+
+    Returns
+    -------
+    SharedEdit
+        What was applied; it shows itself in a notebook.
+
+    Raises
+    ------
+    PatchError
+        If the file is damaged, hostile or of a newer version, was made for another model or other weights, would touch
+        anything but the down projections it names, or gives another result than it promises. The model is then as before.
+    """
+    file = PatchFile(Path(path))
+    weights = _edited_weights(model, file)
+    model.originals.keep(file.edit.layers)
+    _write_all(model, weights)
+    return file.edit
+
+
+def verify_patch(model: EditableModel, path: str | Path) -> SharedEdit:
+    """Check all that :func:`apply_patch` checks, the result included, and leave the model as it is.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The unedited model, or one that carries the patch and still knows its original weights.
+    path : str or Path
+        The patch file.
+
+    Returns
+    -------
+    SharedEdit
+        What the patch does.
+
+    Raises
+    ------
+    PatchError
+        As :func:`apply_patch`.
+    """
+    file = PatchFile(Path(path))
+    _edited_weights(model, file, {layer: model.originals[layer] for layer in model.originals.layers if carries(model, file.edit)})
+    return file.edit
+
+
+def remove_patch(model: EditableModel, path: str | Path) -> SharedEdit:
+    """Take an applied patch out again, bit for bit.
+
+    Parameters
+    ----------
+    model : EditableModel
+        A model that :func:`apply_patch` wrote this patch into.
+    path : str or Path
+        The patch file.
+
+    Returns
+    -------
+    SharedEdit
+        What was taken out.
+
+    Raises
+    ------
+    PatchError
+        If the model does not carry the patch, or does not know the weights before it.
+    """
+    edit = PatchFile(Path(path)).edit
+    _check_places(model, edit)
+    if not carries(model, edit):
+        raise PatchError(f"{model.name} does not carry the patch {path}: the weights of layers {_listed(edit.layers)} are not its result.")
+    originals = {layer: model.originals[layer] for layer in edit.layers if layer in model.originals.layers}
+    if any(p.layer not in originals or digest(originals[p.layer]) != p.before for p in edit.parameters):
+        raise PatchError(f"The weights of {model.name} before the patch {path} are not in memory; load the unedited model instead.")
+    _write_all(model, originals)
+    return edit
+
+
+def carries(model: EditableModel, edit: SharedEdit) -> bool:
+    """Say whether a model's weights are, bit for bit, what an edit makes of them."""
+    return all(0 <= p.layer < model.n_layers and digest(copy_of(model.weight(p.layer))) == p.after for p in edit.parameters)
+
+
+def _edited_weights(model: EditableModel, file: PatchFile, known: Mapping[int, Tensor] | None = None) -> dict[int, Tensor]:
+    """Return the edited layers' weights after the patch; nothing is written."""
+    edit = file.edit
+    _check_places(model, edit)
+    _check_config(model, edit)
+    before = {p.layer: (known or {}).get(p.layer, copy_of(model.weight(p.layer))) for p in edit.parameters}
+    for p in edit.parameters:
+        if digest(before[p.layer]) != p.before:
+            raise PatchError(_other_weights(model, file, p))
+    return {p.layer: file.apply_to(p, before[p.layer]) for p in edit.parameters}
+
+
+def _check_places(model: EditableModel, edit: SharedEdit) -> None:
+    """Refuse a patch that names anything but down projections of this model, in its shape and dtype."""
+    for p in edit.parameters:
+        try:
+            model.check_layers([p.layer])
+        except ModelError as wrong:
+            raise PatchError(f"{edit.path} changes layer {p.layer}: {wrong}") from wrong
+        if p.name != model.weight_name(p.layer):
+            raise PatchError(
+                f"{edit.path} names the parameter {p.name!r:.120} for layer {p.layer}; "
+                f"a patch may only touch {model.weight_name(p.layer)!r}."
+            )
+        if p.shape != tuple(model.weight(p.layer).shape):
+            raise PatchError(
+                f"{edit.path}: {p.name} has shape {p.shape} there, {tuple(model.weight(p.layer).shape)} in {model.name}: "
+                f"the patch was made for another model, {edit.base.name!r:.80}."
+            )
+    if f"torch.{edit.base.dtype}" != str(model.dtype):
+        raise PatchError(
+            f"{edit.path} was made for weights in {edit.base.dtype}; those of {model.name} are {str(model.dtype).removeprefix('torch.')}. "
+            f"Load the model with dtype=torch.{edit.base.dtype}."
+        )
+
+
+def _check_config(model: EditableModel, edit: SharedEdit) -> None:
+    if conflicts := _conflicts(edit.base.config, plain(plain_config(model))):
+        raise PatchError(
+            f"{edit.path} was made for another model, {edit.base.name!r:.80}; in the configuration {'; '.join(conflicts[:3])}."
+        )
+
+
+def _conflicts(there: Any, here: Any, within: str = "") -> list[str]:
+    """Name the entries that two configurations both have, with different values."""
+    found = []
+    for key in there.keys() & here.keys():
+        if key in _NOT_COMPARED or key.startswith(("_", "output_")):
+            continue
+        old, new = there[key], here[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _conflicts(old, new, f"{within}{key}.")
+        elif old != new and None not in (old, new):
+            found.append(f"{within}{key} is {old!r:.60} there, {new!r:.60} here")
+    return sorted(found)
+
+
+def _other_weights(model: EditableModel, file: PatchFile, parameter: SharedParameter) -> str:
+    edit = file.edit
+    if carries(model, edit):
+        return f"{model.name} carries the patch {edit.path} already."
+    originals = model.originals
+    if parameter.layer in originals.layers and digest(originals[parameter.layer]) == parameter.before:
+        return (
+            f"{model.name} is the right model for {edit.path}, but it carries other edits at layer {parameter.layer}. "
+            "Take them back first (session.rewind(to=0), nse.remove_patch), or load it anew."
+        )
+    return (
+        f"{edit.path} was made for other weights: {parameter.name} has not the hash that it has in {edit.base.name!r:.80}. "
+        f"{model.name} is another model, another revision, or was edited before it was loaded."
+    )
+
+
+def _write_all(model: EditableModel, weights: Mapping[int, Tensor]) -> None:
+    before = {layer: copy_of(model.weight(layer)) for layer in weights}
+    try:
+        write_weights(model, weights)
+    except BaseException:
+        write_weights(model, before)
+        raise
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))

@@ -1,0 +1,99 @@
+"""``session.export``: the edit of a session as a model, a patch or a LoRA adapter."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_args
+
+from nse_tools.editing import EditSession
+from nse_tools.errors import SettingError, nearest
+from nse_tools.models import EditableModel
+from nse_tools.models.weights import copy_of
+from nse_tools.sharing.adapter import export_adapter
+from nse_tools.sharing.checkpoint import export_model
+from nse_tools.sharing.manifest import BaseModel, Kind, SharedEdit, SharedParameter, digest, plain
+from nse_tools.sharing.patching import export_patch
+
+
+def export_session(
+    session: EditSession,
+    path: str | Path,
+    as_: Kind = "model",
+    *,
+    round: int | None = None,
+    overwrite: bool = False,
+    check: bool = True,
+    rank: int | None = None,
+) -> SharedEdit:
+    """Write what a session did to its model, for use without the session; see :meth:`nse_tools.EditSession.export`."""
+    path = Path(path).expanduser()
+    if as_ not in get_args(Kind):
+        raise SettingError(f"as_={as_!r}: expected 'model', 'patch' or 'lora'.{nearest(str(as_), get_args(Kind))}")
+    if rank is not None and (as_ != "lora" or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise SettingError(f"rank={rank!r}: expected a whole number of at least 1, and as_='lora'.")
+    number = len(session) if round is None else round
+    with nullcontext() if number == len(session) else session.at(number):
+        rounds, model = session.rounds[:number], session.model
+        if not rounds and as_ != "model":
+            raise SettingError(
+                f"There is nothing to export as a {as_}: {'no round was made' if not len(session) else 'round 0 is unedited'}."
+            )
+        layers = sorted({update.layer for r in rounds for update in r.updates})
+        about = SharedEdit(
+            path=path,
+            kind=as_,
+            size=0,
+            base=BaseModel.of(model),
+            method=plain(session.method.to_dict()),
+            rounds=tuple(r.facts for r in rounds),
+            parameters=tuple(_whole(model, layer) for layer in layers),
+            versions=versions(),
+        )
+        if as_ == "patch":
+            return export_patch(model, rounds, about, overwrite)
+        if as_ == "lora":
+            return export_adapter(model, rounds, about, overwrite, check, rank)
+        return export_model(model, about, overwrite, check)
+
+
+def export_patched(model: EditableModel, edit: SharedEdit, path: str | Path, *, overwrite: bool = False, check: bool = True) -> SharedEdit:
+    """Write a model that carries a patch as a Hugging Face folder.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model.
+    edit : SharedEdit
+        What :func:`nse_tools.apply_patch` returned.
+    path : str or Path
+        The folder.
+    overwrite : bool
+        Whether an earlier export may be replaced.
+    check : bool
+        Load it again with transformers and compare.
+
+    Raises
+    ------
+    SettingError
+        If the path is taken.
+    ExportError
+        If it cannot be written, or does not load as the same model.
+    """
+    whole = tuple(_whole(model, layer) for layer in edit.layers)
+    about = replace(edit, path=Path(path).expanduser(), kind="model", parameters=whole, versions=versions())
+    return export_model(model, about, overwrite, check)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that an export depends on."""
+    return {name: version(name) for name in ("nse_tools", "torch", "transformers", "safetensors")}
+
+
+def _whole(model: EditableModel, layer: int) -> SharedParameter:
+    weight = copy_of(model.weight(layer))
+    d_model, d_ff = weight.shape
+    before, after = digest(model.originals[layer]), digest(weight)
+    return SharedParameter(layer, model.weight_name(layer), (d_model, d_ff), "checkpoint", min(weight.shape), 0.0, before, after)
