@@ -29,6 +29,7 @@ _HOME = {
     "sample_corpus": "tracing",
     "second_moments": "tracing",
     "Calibration": "editing",
+    "EditPreview": "editing",
     "EditRound": "editing",
     "EditSession": "editing",
     "FactStates": "editing",
@@ -79,7 +80,7 @@ _HOME = {
     "save_comparison": "figures",
     "save_stream": "figures",
 }
-_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "tracing"}
+_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "tracing", "widgets"}
 
 __all__ = ["__version__", *sorted(_HOME), *sorted(_ROOMS)]  # noqa: PLE0604
 
