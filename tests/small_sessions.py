@@ -15,7 +15,13 @@ EVIL = "<script>alert('x')</script>"
 STREAM = FactList(
     [
         Fact(
-            "one", "Eiffel Tower", "The {} is in", "Rome", "Paris", paraphrases=("Go to the Eiffel Tower in",), neighborhood=("Paris is in",)
+            "one",
+            "Eiffel Tower",
+            "The {} is in",
+            "Rome",
+            "Paris",
+            paraphrases=("Go to the Eiffel Tower in",),
+            neighborhood=("Paris is in",),
         ),
         Fact("two", EVIL, "The tongue of {} is", "French", "Danish", paraphrases=(f"{EVIL} speaks",), neighborhood=("Berlin is in",)),
         Fact("three", "São Paulo", "The city of {} is in", "Japan", "Brazil", paraphrases=("São Paulo is in",), neighborhood=("Rome is",)),
@@ -28,9 +34,7 @@ def session_of(rounds: int = 0, name: str = "llama", kind: str = "plain", **chan
     """Return a session on a random model, with some rounds of two facts of STREAM made."""
     model = build(name, kind)
     method = METHOD.with_(**changes)
-    session = EditSession(
-        model, method, contexts=CONTEXTS, moments=moments_for(model, method.layers), progress=False, value_cache=False
-    )
+    session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, method.layers), progress=False, value_cache=False)
     for batch in STREAM.rounds(of=2)[:rounds]:
         session.edit(batch)
     return session

@@ -35,10 +35,16 @@ class Answer:
     text: str
     next: tuple[tuple[str, float], ...]
 
-    def html(self) -> str:
-        """Return the continuation, and the next tokens under it."""
-        likely = ", ".join(f"{markup.visible(token)} {probability:.0%}" for token, probability in self.next)
-        return f'{markup.visible(self.text.strip(" ")).replace("·", " ")}<br><span class="nse-note">{likely}</span>'
+    @property
+    def line(self) -> str:
+        """The first line of the continuation."""
+        return next(iter(self.text.strip().splitlines()), "")
+
+    def html(self, changed: bool = False) -> str:
+        """Return the continuation's first line, and the next tokens under it."""
+        likely = ", ".join(f"{markup.visible(token)} {_percent(probability)}" for token, probability in self.next)
+        line = markup.escape(self.line)
+        return f'{f"<b>{line}</b>" if changed else line}<br><span class="nse-note">{likely}</span>'
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Compared:
     @property
     def changed(self) -> bool:
         """Whether the model says something else now."""
-        return self.before.text != self.now.text
+        return self.before.line != self.now.line
 
 
 def answers(session: EditSession, prompts: Sequence[str], round: int) -> list[Answer]:
@@ -88,11 +94,15 @@ def comparison_html(found: Sequence[Compared], before: str, now: str) -> str:
             f'<span class="nse-note">{markup.escape(c.kind)}</span>',
             markup.escape(c.now.prompt),
             c.before.html(),
-            (markup.CHANGED if c.changed else "") + c.now.html(),
+            (markup.CHANGED if c.changed else "") + c.now.html(c.changed),
         )
         for c in found
     )
-    return markup.rows(("", "prompt", before, now), lines)
+    return f'<div class="nse-scroll nse-tall">{markup.rows(("", "prompt", before, now), lines)}</div>'
+
+
+def _percent(probability: float) -> str:
+    return "&lt;1 %" if probability < 0.005 else f"{probability:.0%}".replace("%", " %")
 
 
 def _ask(model: EditableModel, prompt: str) -> Answer:

@@ -11,7 +11,7 @@ from nse_tools.errors import NSEError
 from nse_tools.facts import Fact
 from nse_tools.widgets import markup
 from nse_tools.widgets.answers import comparison_html
-from nse_tools.widgets.panel import WIDE, Panel, button, field, lines_of, marked
+from nse_tools.widgets.panel import FILL, WIDE, Panel, button, field, lines_of, marked
 from nse_tools.widgets.probe_control import EXAMPLE, ProbeControl, marked_prompt
 
 
@@ -34,8 +34,8 @@ class EditProbe(Panel):
 
     def __init__(self, session: EditSession, fact: Fact | None = None, prompts: tuple[str, ...] = ()) -> None:
         self.control = ProbeControl(session)
-        self.prompt = ui.Text(value=marked_prompt(fact) if fact else "", placeholder=EXAMPLE, layout=WIDE)
-        self.target = ui.Text(value=fact.target_new if fact else "", placeholder="Italy", layout=WIDE)
+        self.prompt = ui.Text(value=marked_prompt(fact) if fact else "", placeholder=EXAMPLE, layout=FILL)
+        self.target = ui.Text(value=fact.target_new if fact else "", placeholder="Italy", layout=FILL)
         self.paraphrases = _area(fact.paraphrases if fact else (), "The train to Paris arrives in the country of")
         self.neighbors = _area(fact.neighborhood if fact else (), "The city of Lyon is located in the country of")
         self.own = _area(prompts, "People in Paris speak")
@@ -76,7 +76,7 @@ class EditProbe(Panel):
         if not self.control.asked:
             return ""
         rounds = len(self.control.session)
-        state = f"round {rounds}" if self.control.can_undo else "no edit of this panel is in the model"
+        state = f"after round {rounds}" if self.control.can_undo else "no edit of this panel is in the model"
         return markup.section("Answers", comparison_html(self.control.asked, "before the edit", "now"), f"now: {state}")
 
     def _body(self, buttons: list[Any]) -> list[Any]:
@@ -152,4 +152,4 @@ def preview_html(preview: EditPreview) -> str:
 
 
 def _area(lines: tuple[str, ...], placeholder: str) -> Any:
-    return ui.Textarea(value="\n".join(lines), placeholder=placeholder, rows=4, layout=WIDE)
+    return ui.Textarea(value="\n".join(lines), placeholder=placeholder, rows=4, layout=FILL)

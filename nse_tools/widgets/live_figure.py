@@ -24,6 +24,7 @@ class LiveFigure:
     def __init__(self, css: str, height: int = 320) -> None:
         self.height = height
         self.figure: Any = go.FigureWidget()
+        self.figure._config = {"responsive": True, "displaylogo": False}
         self.box: Any = ui.VBox(layout=ui.Layout(width="100%"))
         self.box.add_class(css)
 

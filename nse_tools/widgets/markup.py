@@ -18,13 +18,16 @@ STYLE = """<style>
 .nse-note { color: var(--jp-ui-font-color2, #666); }
 .nse-panel table, .nse-static table { border-collapse: collapse; border: none; font-size: 13px; margin: 2px 0 6px 0; }
 .nse-panel th, .nse-panel td, .nse-static th, .nse-static td { border: none; border-bottom: 1px solid var(--jp-border-color2, #ddd);
-  padding: 3px 14px 3px 0; text-align: left; vertical-align: top; color: var(--jp-ui-font-color1, inherit); white-space: normal; }
+  padding: 3px 14px 3px 0; text-align: left !important; vertical-align: top;
+  color: var(--jp-ui-font-color1, inherit); white-space: normal; }
 .nse-panel th, .nse-static th { color: var(--jp-ui-font-color2, #666); font-weight: 600; }
 .nse-scroll { max-height: 340px; overflow: auto; }
+.nse-tall { max-height: 520px; }
 .nse-token { display: inline-block; font-family: var(--jp-code-font-family, monospace); border: 1px solid var(--jp-border-color2, #bbb);
   border-radius: 3px; padding: 0 4px; margin: 2px 2px 2px 0; }
+.nse-changed > b { color: var(--jp-ui-font-color0, inherit); }
 .nse-edited { background: #0072B2; border-color: #0072B2; color: #fff; font-weight: 600; }
-.nse-changed { font-weight: 700; box-shadow: inset 3px 0 0 #D55E00; padding-left: 8px !important; }
+.nse-changed { box-shadow: inset 3px 0 0 #D55E00; padding-left: 8px !important; }
 .nse-error { border-left: 4px solid #D55E00; padding: 6px 10px; white-space: pre-wrap; overflow-wrap: anywhere;
   background: rgba(213, 94, 0, 0.12); color: var(--jp-ui-font-color1, inherit); }
 .nse-code { display: block; font-family: var(--jp-code-font-family, monospace); font-size: 12.5px; white-space: pre-wrap;

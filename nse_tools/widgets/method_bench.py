@@ -14,7 +14,7 @@ from nse_tools.models import EditableModel
 from nse_tools.widgets import markup
 from nse_tools.widgets.bench_control import BenchControl
 from nse_tools.widgets.live_figure import LiveFigure
-from nse_tools.widgets.panel import WIDE, Panel, button, field, marked
+from nse_tools.widgets.panel import FILL, WIDE, Panel, button, field, marked
 
 
 class MethodBench(Panel):
@@ -55,9 +55,9 @@ class MethodBench(Panel):
         self.known = _by_name(methods)
         n = len(self.control.facts)
         ticked = [name for name in chosen if name in self.known]
-        self.methods = ui.SelectMultiple(options=list(self.known), value=ticked, rows=min(9, len(self.known)), layout=WIDE)
-        self.n_facts = ui.BoundedIntText(value=min(n_facts, n), min=1, max=n, layout=WIDE)
-        self.rounds_of = ui.BoundedIntText(value=min(rounds_of, n), min=1, max=n, layout=WIDE)
+        self.methods = ui.SelectMultiple(options=list(self.known), value=ticked, rows=min(9, len(self.known)), layout=FILL)
+        self.n_facts = ui.BoundedIntText(value=min(n_facts, n), min=1, max=n, layout=FILL)
+        self.rounds_of = ui.BoundedIntText(value=min(rounds_of, n), min=1, max=n, layout=FILL)
         self.run_button = button("Run", "nse-do-run", self._run, icon="play", button_style="primary")
         self.stop_button = button(
             "Stop", "nse-do-stop", self._stop, icon="stop", disabled=True, tooltip="after the round that is being made"

@@ -10,7 +10,7 @@ from nse_tools.editing import EditSession
 from nse_tools.errors import NSEError
 from nse_tools.widgets import markup
 from nse_tools.widgets.browse_control import BrowseControl, NeuronView
-from nse_tools.widgets.panel import WIDE, Panel, button, explain, field, marked
+from nse_tools.widgets.panel import FILL, WIDE, Panel, button, explain, field, marked
 
 _LISTED = 60
 
@@ -31,9 +31,9 @@ class NeuronBrowser(Panel):
     def __init__(self, session: EditSession) -> None:
         self.control = BrowseControl(session)
         self.view: NeuronView | None = None
-        self.layer = ui.Dropdown(options=list(self.control.layers), layout=WIDE)
-        self.list = ui.Select(rows=12, layout=WIDE)
-        self.number = ui.BoundedIntText(min=0, max=session.model.weight(self.layer.value).shape[1] - 1, layout=WIDE)
+        self.layer = ui.Dropdown(options=list(self.control.layers), layout=FILL)
+        self.list = ui.Select(rows=12, layout=FILL)
+        self.number = ui.BoundedIntText(min=0, max=session.model.weight(self.layer.value).shape[1] - 1, layout=FILL)
         self.reread = button("New rounds", "nse-do-reread", self._layer_chosen, icon="refresh", tooltip="take in rounds made since")
         self.neuron_view = marked(ui.HTML(layout=WIDE), "nse-neuron")
         super().__init__(

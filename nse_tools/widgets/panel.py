@@ -16,7 +16,9 @@ from nse_tools.widgets.steps import Steps
 _log = logging.getLogger(__name__)
 _PAUSE = 0.05  # between live steps, in seconds: long enough for a click on "Stop" to be heard
 
-WIDE = ui.Layout(width="100%")
+WIDE = {"width": "100%"}
+FILL = {"width": "auto"}
+"""Layouts: all of the panel's width; all of what a field's place leaves (100 % and its margin would be cut off)."""
 
 
 class Panel(ui.VBox):
@@ -151,7 +153,7 @@ def marked(widget: Any, css: str) -> Any:
 
 def button(text: str, css: str, on_click: Callable[[], object], **options: Any) -> Any:
     """Return a button that calls a function without arguments; a click on it while it is disabled does nothing."""
-    made = marked(ui.Button(description=text, layout=ui.Layout(width="auto"), **options), css)
+    made = marked(ui.Button(description=text, layout={"width": "auto", "flex": "0 0 auto"}, **options), css)
     made.on_click(lambda clicked: None if clicked.disabled else on_click())
     return made
 

@@ -11,7 +11,7 @@ from nse_tools.editing import EditSession
 from nse_tools.widgets import markup
 from nse_tools.widgets.answers import comparison_html
 from nse_tools.widgets.live_figure import LiveFigure
-from nse_tools.widgets.panel import WIDE, Panel, button, field, lines_of, marked
+from nse_tools.widgets.panel import FILL, WIDE, Panel, button, field, lines_of, marked
 from nse_tools.widgets.scrub_control import RoundView, ScrubControl
 
 
@@ -42,7 +42,7 @@ class RoundScrubber(Panel):
         self.play = marked(ui.Play(min=0, max=last, value=last, interval=1500, show_repeat=False), "nse-play")
         ui.jslink((self.play, "value"), (self.slider, "value"))
         self.reread = button("New rounds", "nse-do-reread", self._reread, icon="refresh", tooltip="take in rounds made since")
-        self.prompts = ui.Textarea(value="\n".join(prompts), rows=3, layout=WIDE)
+        self.prompts = ui.Textarea(value="\n".join(prompts), rows=3, layout=FILL)
         self.ask_button = button("Ask", "nse-do-ask", self._look, icon="comment")
         self.scores_view, self.answers_view, self.neurons_view = (
             marked(ui.HTML(layout=WIDE), f"nse-{name}") for name in ("scores", "answers", "neurons")
