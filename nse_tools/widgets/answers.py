@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nse_tools.editing import EditSession
     from nse_tools.models import EditableModel
 
-TOKENS = 5
+TOKENS = 4
 """How far a prompt is continued."""
 
 
@@ -102,7 +102,7 @@ def comparison_html(found: Sequence[Compared], before: str, now: str) -> str:
 
 
 def _percent(probability: float) -> str:
-    return "&lt;1 %" if probability < 0.005 else f"{probability:.0%}".replace("%", " %")
+    return "&lt;1&nbsp;%" if probability < 0.005 else f"{100 * probability:.0f}&nbsp;%"
 
 
 def _ask(model: EditableModel, prompt: str) -> Answer:

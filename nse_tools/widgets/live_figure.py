@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import anywidget
 import ipywidgets as ui
 import plotly.graph_objects as go
 
 _INK = "#808080"  # legible on white and on JupyterLab's dark grey
+
+
+class _Fit(anywidget.AnyWidget):
+    """Nothing to see: whenever the box it stands in gets another size, figures are told to fit theirs.
+
+    A FigureWidget measures its place once, before the place has a width, and listens to the window only.
+    """
+
+    _esm = """
+    export default {
+      render({ el }) {
+        const watch = new ResizeObserver(() => window.dispatchEvent(new Event("resize")));
+        const begin = () => {
+          const box = el.closest(".widget-box");
+          if (box) watch.observe(box); else requestAnimationFrame(begin);
+        };
+        begin();
+        return () => watch.disconnect();
+      },
+    };
+    """
 
 
 class LiveFigure:
@@ -34,7 +56,8 @@ class LiveFigure:
             self.figure.data = []
             self.figure.layout = go.Figure(fig).update_layout(**self._layout()).layout
         self.figure.add_traces(list(fig.data))
-        self.box.children = [self.figure]
+        if not self.box.children:
+            self.box.children = [_Fit(), self.figure]
 
     def clear(self) -> None:
         """Show nothing."""
@@ -49,5 +72,4 @@ class LiveFigure:
             "paper_bgcolor": ground,
             "plot_bgcolor": ground,
             "font_color": _INK,
-            "margin": {"l": 60, "r": 20, "t": 46, "b": 46},
         }

@@ -21,6 +21,8 @@ STYLE = """<style>
   padding: 3px 14px 3px 0; text-align: left !important; vertical-align: top;
   color: var(--jp-ui-font-color1, inherit); white-space: normal; }
 .nse-panel th, .nse-static th { color: var(--jp-ui-font-color2, #666); font-weight: 600; }
+.nse-panel td, .nse-panel th, .nse-note, .nse-error { line-height: 1.4; }
+.nse-panel .jupyter-button.mod-primary { color: #fff; }
 .nse-scroll { max-height: 340px; overflow: auto; }
 .nse-tall { max-height: 520px; }
 .nse-token { display: inline-block; font-family: var(--jp-code-font-family, monospace); border: 1px solid var(--jp-border-color2, #bbb);

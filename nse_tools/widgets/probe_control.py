@@ -12,10 +12,11 @@ from nse_tools.facts import Fact
 from nse_tools.facts.fact import SLOT
 from nse_tools.tracing import locate
 from nse_tools.tracing.prompts import lead_of
-from nse_tools.widgets.answers import Compared, compared
+from nse_tools.widgets.answers import TOKENS, Compared, answers, compared
 from nse_tools.widgets.steps import Steps, in_order, quiet
 
 _MARKED = re.compile(r"\{([^{}]*)\}")
+_ASKING = ("asking the model as it was before", "asking the model as it is now")
 EXAMPLE = "The city of {Paris} is located in the country of"
 
 
@@ -126,12 +127,11 @@ class ProbeControl:
         """
         if not self.can_apply or self.fact is None:
             raise StateError("Preview this fact first: fact or session have changed since the last preview.")
-        steps = in_order("editing", "asking the model, before and after")
+        steps = in_order("editing", *_ASKING)
         with quiet(self.session):
             yield next(steps)
             self.applied = [*(r for r in self.applied if r in self.session.rounds), self.session.edit(self.fact)]
-            yield next(steps)
-            self._ask(own)
+            yield from self._ask(own, steps)
 
     def undo_steps(self, own: Sequence[str] = ()) -> Steps:
         """Take the last edit made here back, bit for bit; then ask everything again.
@@ -143,23 +143,25 @@ class ProbeControl:
         """
         if not self.can_undo:
             raise StateError("The session's last round was not made in this panel; session.undo() takes it back.")
-        steps = in_order("taking the edit back", "asking the model again")
+        steps = in_order("taking the edit back", *_ASKING)
         with quiet(self.session):
             yield next(steps)
             self.session.undo()
             self.applied = self.applied[:-1]
-            yield next(steps)
-            self._ask(own)
+            yield from self._ask(own, steps)
 
     def ask_steps(self, own: Sequence[str] = ()) -> Steps:
         """Ask the fact's prompts and some of one's own, before the edit and now."""
         with quiet(self.session):
-            yield next(in_order("asking the model"))
-            self._ask(own)
+            yield from self._ask(own, in_order(*_ASKING))
 
-    def _ask(self, own: Sequence[str]) -> None:
-        before = len(self.session) - 1 if self.can_undo else len(self.session)
-        self.asked = compared(self.session, self._prompts(own), before, len(self.session))
+    def _ask(self, own: Sequence[str], steps: Steps) -> Steps:
+        asked, now = self._prompts(own), len(self.session)
+        before = now - 1 if self.can_undo else now
+        yield next(steps)
+        answers(self.session, [prompt for _, prompt in asked], before)
+        yield next(steps)
+        self.asked = compared(self.session, asked, before, now)
 
     def _prompts(self, own: Sequence[str]) -> list[tuple[str, str]]:
         asked = [("own", prompt) for prompt in own]
@@ -180,7 +182,7 @@ class ProbeControl:
         if verb == "undo":
             return "session.undo()"
         if verb == "ask":
-            return f"session.model.generate({self.asked[0].now.prompt!r}, max_new_tokens=5)" if self.asked else ""
+            return f"session.model.generate({self.asked[0].now.prompt!r}, max_new_tokens={TOKENS})" if self.asked else ""
         return f"session.{verb}({code_of(self.fact)})" if self.fact is not None else ""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from nse_tools.editing import EditSession, NeuronSelection
-from nse_tools.widgets.answers import Compared, compared
+from nse_tools.widgets.answers import TOKENS, Compared, compared
 from nse_tools.widgets.steps import Steps, in_order, quiet
 
 _SCORES = ("facts", "efficacy", "efficacy_accuracy", "generalization", "specificity", "score")
@@ -87,7 +87,7 @@ class ScrubControl:
 
     def code(self, round: int, prompts: Sequence[str] = ()) -> str:
         """Return the lines that do the same."""
-        asked = f"[model.generate(p, max_new_tokens=5) for p in {list(prompts)!r}]"
+        asked = f"[model.generate(p, max_new_tokens={TOKENS}) for p in {list(prompts)!r}]"
         lines = [f"with session.at({round}) as model: print({asked})"] if prompts else []
         lines.append(f"session.scores(round={round}, with_perplexity=False)")
         if round:

@@ -53,7 +53,7 @@ def test_edit_probe_from_writing_to_undo(probe: EditProbe, session: EditSession)
     assert len(session) == 2
     assert enabled(probe) == (True, False, True)
     assert "session.edit(nse.Fact(" in probe.code.value
-    assert session.model.generate("Rome is", max_new_tokens=5).strip()[:2] in probe.answers_view.value
+    assert session.model.generate("Rome is", max_new_tokens=4).strip()[:2] in probe.answers_view.value
     probe.undo_button.click()
     assert same(bits(session), state)
     assert enabled(probe) == (True, True, False)

@@ -80,13 +80,13 @@ def test_a_preview_changes_nothing_and_is_the_edit_made_afterwards(control: Prob
 def test_answers_are_those_of_the_model_before_and_now(control: ProbeControl, session: EditSession) -> None:
     control.write(PROMPT, TARGET, paraphrases=["Danielle Darrieux speaks"], neighborhood=["Berlin speaks"])
     with session.at(1) as model:
-        before = model.generate(control.fact.text, max_new_tokens=5)
+        before = model.generate(control.fact.text, max_new_tokens=4)
     list(control.preview_steps())
     list(control.apply_steps(own=["The capital of France is"]))
     assert [c.kind for c in control.asked] == ["the fact", "paraphrase", "own", "neighbour"]
     fact = control.asked[0]
     assert fact.before.text == before
-    assert fact.now.text == session.model.generate(control.fact.text, max_new_tokens=5)
+    assert fact.now.text == session.model.generate(control.fact.text, max_new_tokens=4)
     likely = session.model.next_tokens(control.fact.text, k=3)
     assert [p for _, p in fact.now.next] == pytest.approx(likely.probability.tolist())
     assert fact.changed == (fact.before.line != fact.now.line)

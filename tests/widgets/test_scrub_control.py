@@ -25,9 +25,9 @@ def test_everything_is_as_of_the_round(session: EditSession, round: int) -> None
     assert view is not None
     assert view.round == round
     with session.at(0) as model:
-        unedited = [model.generate(p, max_new_tokens=5) for p in PROMPTS]
+        unedited = [model.generate(p, max_new_tokens=4) for p in PROMPTS]
     with session.at(round) as model:
-        then = [model.generate(p, max_new_tokens=5) for p in PROMPTS]
+        then = [model.generate(p, max_new_tokens=4) for p in PROMPTS]
     assert [c.before.text for c in view.asked] == unedited
     assert [c.now.text for c in view.asked] == then
     expected = session.scores(round=round, with_perplexity=False)
