@@ -64,7 +64,7 @@ class EditProbe(Panel):
         self.apply_button.disabled = not control.can_apply
         self.undo_button.disabled = not control.can_undo
         preview = control.preview if control.preview is not None and list(control.preview.facts) == [control.fact] else None
-        self.preview_view.value = preview_html(preview) if preview else ""
+        self.preview_view.value = preview_html(preview, control.can_apply) if preview else ""
         self.answers_view.value = self._answers_html()
 
     def static_html(self) -> str:
@@ -135,8 +135,8 @@ class EditProbe(Panel):
             self.say_code(self.control.code("ask"))
 
 
-def preview_html(preview: EditPreview) -> str:
-    """Return what an edit of one fact would do: its value, how far the state is from it, the neurons."""
+def preview_html(preview: EditPreview, fresh: bool) -> str:
+    """Return what an edit of one fact would do: its value, how far the state is from it, the neurons; ``fresh`` until it is made."""
     row = preview.to_frame().iloc[0]
     found = "taken from the cache" if row.cached else f"{row.steps} steps"
     facts = [
@@ -148,7 +148,11 @@ def preview_html(preview: EditPreview) -> str:
     lines = [[f'<span class="nse-note">{markup.escape(name)}</span>', markup.escape(text)] for name, text in facts]
     table = preview.selections()
     shown = table[["pass", "layer", "neurons", "share", "norm_update", "residual_before"]] if len(table) else table
-    return markup.section("Preview", markup.rows(("", ""), lines) + markup.frame(shown), "nothing has been changed")
+    return markup.section(
+        "Preview",
+        markup.rows(("", ""), lines) + markup.frame(shown),
+        "nothing has been changed" if fresh else "as it was before the last edit",
+    )
 
 
 def _area(lines: tuple[str, ...], placeholder: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nse_tools.editing import EditPreview, EditRound, EditSession
 from nse_tools.errors import FactError, StateError
@@ -74,7 +74,7 @@ class ProbeControl:
         if len(found) != 1 or not found[0].strip():
             raise FactError(f"Mark the subject with braces, once, as in {EXAMPLE!r} (found {len(found)} in {prompt!r:.120}).")
         fact = Fact(
-            id=f"probe-{len(self.session) + 1}",
+            id=self._id(),
             subject=found[0].strip(),
             prompt=_MARKED.sub(SLOT, prompt).rstrip(),
             target_new=target.strip(),
@@ -107,14 +107,16 @@ class ProbeControl:
         """Find out what editing the fact would do; nothing is changed."""
         if self.fact is None:
             raise FactError(f"Write a fact first, its subject marked: {EXAMPLE!r}.")
-        self.preview, fact, session = None, self.fact, self.session
+        session = self.session
+        # an id of its own for every round: the same fact may be edited again later
+        self.preview, self.fact = None, replace(self.fact, id=self._id())
         steps = in_order("contexts and key statistics", "searching for the value, then a trial edit that is taken back")
         with quiet(session):
             yield next(steps)
             if session.method.solver != "gradient":
                 _ = session.contexts, session.moments
             yield next(steps)
-            self.preview = session.preview(fact)
+            self.preview = session.preview(self.fact)
             self._previewed_at = self._state()
 
     def apply_steps(self, own: Sequence[str] = ()) -> Steps:
@@ -172,6 +174,9 @@ class ProbeControl:
         # as in editing and scoring: a subject at the very first token is given a lead
         led = [(kind, lead_of(self.session.model, text, fact.subject) + text) for kind, text in kinds]
         return [*led, *asked, *(("neighbour", p) for p in fact.neighborhood)]
+
+    def _id(self) -> str:
+        return f"probe-{len(self.session) + 1}"
 
     def _state(self) -> tuple[str, ...]:
         return tuple(done.digest for done in self.session.rounds)

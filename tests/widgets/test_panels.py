@@ -51,6 +51,7 @@ def test_edit_probe_from_writing_to_undo(probe: EditProbe, session: EditSession)
     probe.own.value = "The capital of France is\n\n Rome is "
     probe.apply_button.click()
     assert len(session) == 2
+    assert "nothing has been changed" not in probe.preview_view.value
     assert enabled(probe) == (True, False, True)
     assert "session.edit(nse.Fact(" in probe.code.value
     assert session.model.generate("Rome is", max_new_tokens=4).strip()[:2] in probe.answers_view.value

@@ -163,3 +163,13 @@ def test_fine_tuning_can_be_probed_too() -> None:
     list(control.preview_steps())
     list(control.apply_steps())
     assert session.rounds[-1].digest == control.preview.round.digest
+
+
+def test_the_same_fact_can_be_edited_again_and_the_session_still_tells_the_rounds_apart(
+    control: ProbeControl, session: EditSession
+) -> None:
+    for _ in range(2):
+        list(control.preview_steps())
+        list(control.apply_steps())
+    assert [f.id for batch in session.facts[1:] for f in batch] == ["probe-2", "probe-3"]
+    assert session.scores(with_perplexity=False)["round"].tolist() == [0, 1, 2, 3]
