@@ -58,10 +58,11 @@ class LiveFigure:
         self.figure.add_traces(list(fig.data))
         if not self.box.children:
             self.box.children = [_Fit(), self.figure]
+        self.box.layout.display = "flex"
 
     def clear(self) -> None:
-        """Show nothing."""
-        self.box.children = []
+        """Show nothing; the figure stays in the page, hidden: one that is taken out still hears of changes and fails at them."""
+        self.box.layout.display = "none"
 
     def _layout(self) -> dict[str, Any]:
         ground = "rgba(0,0,0,0)"

@@ -143,13 +143,14 @@ def test_round_scrubber_follows_its_slider() -> None:
     assert (panel.slider.value, panel.slider.max, panel.play.max) == (2, 2, 2)
     for number in (1, 2):
         panel.slider.value = number
+        assert panel.residuals.box.layout.display == "flex"
         fig = plots.residuals(session.rounds[number - 1])
         assert [t.y for t in panel.residuals.figure.data] == [t.y for t in fig.data]
         assert panel.residuals.figure.layout.yaxis.range == (0, 1.05 * session.residuals().residual.max())
         assert f"After round {number}" in panel.scores_view.value
         assert f"session.scores(round={number}" in panel.code.value
     panel.slider.value = 0
-    assert panel.residuals.box.children == ()
+    assert panel.residuals.box.layout.display == "none"
     assert "unedited model" in panel.scores_view.value
     assert not panel.neurons_view.value
     panel.prompts.value = "Berlin plays"
