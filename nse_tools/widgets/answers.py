@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,7 +74,7 @@ def answers(session: EditSession, prompts: Sequence[str], round: int) -> list[An
     """
     missing = [p for p in dict.fromkeys(prompts) if (round, "answer", p) not in session.memo]
     if missing:
-        with nullcontext(session.model) if round == len(session) else session.at(round) as model:
+        with session.at(round) as model:
             session.memo.update({(round, "answer", p): _ask(model, p) for p in missing})
     return [session.memo[round, "answer", p] for p in prompts]
 

@@ -12,7 +12,8 @@ from nse_tools.editing import EditSession, Method, methods
 from nse_tools.errors import EditError, FactError, SettingError
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
-from nse_tools.tracing import sample_contexts, second_moments
+from nse_tools.models.weights import weights_in_place
+from nse_tools.tracing import Contexts, sample_contexts, second_moments
 from nse_tools.widgets.steps import Step, Steps, quiet
 
 
@@ -49,6 +50,7 @@ class BenchControl:
         if not len(self.facts):
             raise FactError("The bench needs facts to edit.")
         self._lanes: list[_Lane] = []
+        self._contexts: Contexts | None = None
 
     def steps(self, chosen: Sequence[Method | str], n_facts: int, rounds_of: int) -> Steps:
         """Work round after round, in each one method after another; after every step :meth:`tables` has grown.
@@ -100,15 +102,15 @@ class BenchControl:
         with self._as_loaded():
             for method in picked:  # what a session refuses is refused before anything is run; originals are kept
                 EditSession(self.model, method, value_cache=False)
-            contexts = sample_contexts(self.model, self.seed)
+            self._contexts = self._contexts or sample_contexts(self.model, self.seed)
             layers = sorted({layer for method in picked for layer in method.layers})
             moments = second_moments(self.model, layers, seed=self.seed, progress=False)
-            options = {"contexts": contexts, "moments": moments, "seed": self.seed, "progress": False}
+            options = {"contexts": self._contexts, "moments": moments, "seed": self.seed, "progress": False}
             return [_Lane(method, EditSession(self.model, method, **options)) for method in picked]  # type: ignore[arg-type]
 
     def _edit(self, lane: _Lane, batch: FactList) -> None:
         session = lane.session
-        with self._as_loaded(), session.at(len(session)), quiet(session):
+        with self._as_loaded(), weights_in_place(self.model, session.weights_at(len(session))), quiet(session):
             try:
                 session.edit(batch)
             except EditError as wrong:

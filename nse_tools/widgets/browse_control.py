@@ -48,6 +48,7 @@ class BrowseControl:
 
     def __init__(self, session: EditSession) -> None:
         self.session = session
+        self._now: tuple[tuple[str, ...], dict[int, Tensor]] | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -103,8 +104,10 @@ class BrowseControl:
     def _columns(self, layer: int) -> tuple[Tensor, Tensor]:
         if layer not in self.layers:
             raise SettingError(f"The session edits layers {self.layers}; there is nothing to say of layer {layer!r}.")
-        now = self.session.model.weight(layer).detach().cpu()
-        return self.session.model.originals[layer].double(), now.double()
+        state = tuple(done.digest for done in self.session.rounds)
+        if self._now is None or self._now[0] != state:
+            self._now = state, self.session.weights_at(len(self.session))
+        return self.session.model.originals[layer].double(), self._now[1][layer].double()
 
     def _selected(self, layer: int) -> Tensor:
         """Return which neurons each round selected, in any pass, (n_rounds, d_ff) bool."""
