@@ -29,6 +29,7 @@ _HOME = {
     "sample_corpus": "tracing",
     "second_moments": "tracing",
     "Calibration": "editing",
+    "EditPreview": "editing",
     "EditRound": "editing",
     "EditSession": "editing",
     "FactStates": "editing",
@@ -91,7 +92,7 @@ _HOME = {
     "save_stream": "figures",
     "session_report": "figures",
 }
-_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "sharing", "storage", "tracing"}
+_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "sharing", "storage", "tracing", "widgets"}
 
 __all__ = ["__version__", *sorted(_HOME), *sorted(_ROOMS)]  # noqa: PLE0604
 

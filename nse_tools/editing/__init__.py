@@ -9,6 +9,7 @@ from nse_tools.editing.method import Method
 from nse_tools.editing.neurons import NeuronSelection, neuron_scores, overlaps, select_neurons
 from nse_tools.editing.null_space import NullSpace
 from nse_tools.editing.ordering import order_facts
+from nse_tools.editing.preview import EditPreview
 from nse_tools.editing.rounds import EditPass, EditRound, LayerStep
 from nse_tools.editing.session import EditSession
 from nse_tools.editing.solvers import PreservedMoments, solve_update
@@ -21,6 +22,7 @@ from nse_tools.editing.verification import Verification
 __all__ = [
     "Calibration",
     "EditPass",
+    "EditPreview",
     "EditRound",
     "EditSession",
     "FactStates",

@@ -19,6 +19,7 @@ from nse_tools.editing.guards import check_batch, check_moments, check_preset, c
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.method import Method
 from nse_tools.editing.past import Past
+from nse_tools.editing.preview import EditPreview, preview_edit
 from nse_tools.editing.rome import write_one_by_one
 from nse_tools.editing.rounds import EditRound
 from nse_tools.editing.time_travel import TimeTravel
@@ -164,6 +165,10 @@ class EditSession(TimeTravel):
                 "round %d: %d facts were not edited (%s), e.g. %s", done.number, len(done.skipped), reasons, next(iter(done.skipped))
             )
         return done
+
+    def preview(self, facts: Fact | Sequence[Fact], values: TargetValues | None = None) -> EditPreview:
+        """Find out what :meth:`edit` would do, and change nothing (:func:`nse_tools.editing.preview.preview_edit`)."""
+        return preview_edit(self, facts, values)
 
     def edit_all(self, facts: FactList, rounds_of: int, watch: Callable[[EditSession], object] | None = None) -> list[EditRound]:
         """Edit facts round after round; a progress bar counts the rounds.

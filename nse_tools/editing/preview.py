@@ -1,0 +1,127 @@
+"""What an edit would do, found by making it on a copy of the session and putting every weight back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from nse_tools._show import table_html
+from nse_tools.editing.neurons import NeuronSelection
+from nse_tools.editing.rounds import EditRound
+from nse_tools.editing.turns import Turn
+from nse_tools.editing.values import TargetValues
+from nse_tools.facts import Fact, FactList
+from nse_tools.models.weights import copy_of, weights_in_place
+
+if TYPE_CHECKING:
+    from nse_tools.editing.session import EditSession
+
+
+@dataclass(frozen=True)
+class EditPreview:
+    """What an edit would do; neither the model nor the session was changed by finding out.
+
+    Parameters
+    ----------
+    round : EditRound
+        The record of the round that the edit would be: values, passes, neurons, updates, residuals.
+    """
+
+    round: EditRound
+
+    @property
+    def facts(self) -> FactList:
+        """The facts."""
+        return self.round.facts
+
+    @property
+    def values(self) -> TargetValues:
+        """Their target values; ``session.edit(facts, values=preview.values)`` does not search for them again."""
+        return self.round.values
+
+    @property
+    def residuals_now(self) -> tuple[float, ...]:
+        """‖z − h^L‖ of each fact under the weights of the moment."""
+        first = self.round.residuals().query("step == 0")
+        return tuple(first.residual.tolist())
+
+    @property
+    def residuals_expected(self) -> tuple[float, ...]:
+        """‖z − h^L‖ that the edit would leave of each fact."""
+        return self.round.final_residuals
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Facts that the edit would not write, with the reason."""
+        return self.round.skipped
+
+    def selection(self, layer: int, number: int = 0) -> NeuronSelection:
+        """Return the neurons that would be selected at a layer in a pass (:meth:`EditRound.selection`)."""
+        return self.round.selection(layer, number)
+
+    def selections(self) -> pd.DataFrame:
+        """Return one row a pass and layer: facts taken, neurons, share, ‖ΔW‖, … (:meth:`EditRound.to_frame`)."""
+        return self.round.to_frame()
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a fact: its search for a value, and its residual now and as expected after the edit."""
+        table = self.values.to_frame()
+        table["residual_now"], table["residual_expected"] = self.residuals_now, self.residuals_expected
+        table["not_edited"] = [self.skipped.get(fact, "") for fact in table.fact]
+        return table
+
+    def __repr__(self) -> str:
+        n = len(self.facts)
+        left_out = f", {len(self.skipped)} facts would NOT be edited" if self.skipped else ""
+        return (
+            f"EditPreview({n} facts: mean residual {sum(self.residuals_now) / n:.1f} now, "
+            f"{sum(self.residuals_expected) / n:.2f} expected{left_out}; nothing was changed)"
+        )
+
+    def _repr_html_(self) -> str:
+        return table_html(self.to_frame(), head=self)
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the residuals per layer and pass (:meth:`EditRound.plot`)."""
+        return self.round.plot(**options)
+
+
+def preview_edit(session: EditSession, facts: Fact | Sequence[Fact], values: TargetValues | None = None) -> EditPreview:
+    """Find out what ``session.edit(facts, values)`` would do, and leave weights and session as they are, bit for bit.
+
+    The round is made in full on a copy of the session, and every weight put back, also if a step fails or is interrupted;
+    the edit made afterwards gives the same numbers. What the session samples at its first edit, contexts and key
+    statistics, is sampled for good; values that were searched for go into its cache.
+
+    Parameters
+    ----------
+    session : EditSession
+        The session.
+    facts : Fact or sequence of Fact
+        The facts of the round.
+    values : TargetValues, optional
+        Their target values, where they are known already.
+
+    Returns
+    -------
+    EditPreview
+        Values, neurons, residuals now and as expected after the edit.
+
+    Raises
+    ------
+    FactError, StateError, EditError
+        As :meth:`EditSession.edit` would.
+    """
+    model = session.model
+    if session.method.solver != "gradient":
+        _ = session.moments  # else the copy alone would have them
+    _ = session.contexts
+    session._turn.check(session)
+    trial = copy(session)
+    trial.memo, trial.autosave, trial._turn = {}, None, Turn(trial)
+    with model.lock, weights_in_place(model, {layer: copy_of(model.weight(layer)) for layer in session.method.layers}):
+        return EditPreview(trial.edit(facts, values))

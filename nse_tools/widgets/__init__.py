@@ -1,0 +1,28 @@
+"""Panels for a notebook: each shows what the public API does, and the line of code that does the same."""
+
+from importlib.util import find_spec
+
+from nse_tools.errors import MissingPackageError
+
+if missing := [name for name in ("ipywidgets", "anywidget") if find_spec(name) is None]:
+    raise MissingPackageError(f"nse_tools.widgets needs {' and '.join(missing)}: pip install 'nse_tools[ui]'.")
+
+from nse_tools.widgets.bench_control import BenchControl
+from nse_tools.widgets.browse_control import BrowseControl
+from nse_tools.widgets.edit_probe import EditProbe
+from nse_tools.widgets.method_bench import MethodBench
+from nse_tools.widgets.neuron_browser import NeuronBrowser
+from nse_tools.widgets.probe_control import ProbeControl
+from nse_tools.widgets.round_scrubber import RoundScrubber
+from nse_tools.widgets.scrub_control import ScrubControl
+
+__all__ = [
+    "BenchControl",
+    "BrowseControl",
+    "EditProbe",
+    "MethodBench",
+    "NeuronBrowser",
+    "ProbeControl",
+    "RoundScrubber",
+    "ScrubControl",
+]

@@ -1,0 +1,112 @@
+"""A panel to look at single neurons of the edited layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ipywidgets as ui
+
+from nse_tools.editing import EditSession
+from nse_tools.errors import NSEError
+from nse_tools.widgets import markup
+from nse_tools.widgets.browse_control import BrowseControl, NeuronView
+from nse_tools.widgets.panel import FILL, WIDE, Panel, button, explain, field, marked
+
+_LISTED = 60
+
+
+class NeuronBrowser(Panel):
+    """Layer → neuron → the tokens it raises, before and now; which facts selected it; how far it was rewritten.
+
+    Parameters
+    ----------
+    session : EditSession
+        The session; it is not changed.
+
+    Notes
+    -----
+    ``control`` (:class:`BrowseControl`) does all of it without a front end.
+    """
+
+    def __init__(self, session: EditSession) -> None:
+        self.control = BrowseControl(session)
+        self.view: NeuronView | None = None
+        self.layer = ui.Dropdown(options=list(self.control.layers), layout=FILL)
+        self.list = ui.Select(rows=12, layout=FILL)
+        self.number = ui.BoundedIntText(min=0, max=session.model.weight(self.layer.value).shape[1] - 1, layout=FILL)
+        self.reread = button("New rounds", "nse-do-reread", self._layer_chosen, icon="refresh", tooltip="take in rounds made since")
+        self.neuron_view = marked(ui.HTML(layout=WIDE), "nse-neuron")
+        super().__init__(
+            "Neurons",
+            "One coordinate of a key, one column of a weight: what it writes, who selected it, how it was rewritten.",
+            self._body(),
+            [self.layer, self.list, self.number, self.reread],
+        )
+        self.layer.observe(lambda _: self._layer_chosen(), names="value")
+        self.list.observe(lambda _: self._listed(), names="value")
+        self.number.observe(lambda _: self._look(), names="value")
+        self._layer_chosen()
+
+    def refresh(self) -> None:
+        """Show the neuron that was looked at."""
+        self.neuron_view.value = neuron_html(self.view) if self.view is not None else ""
+
+    def static_html(self) -> str:
+        """Return the neuron that is shown as plain HTML."""
+        return self.neuron_view.value
+
+    def _body(self) -> list[Any]:
+        choice = ui.VBox(
+            [
+                field("Layer", "nse-layer", self.layer),
+                field("Most rewritten first", "nse-list", self.list),
+                field("or neuron number", "nse-number", self.number),
+                self.reread,
+            ],
+            layout=ui.Layout(width="250px", min_width="250px", margin="0 16px 0 0"),
+        )
+        return [ui.HBox([choice, self.neuron_view], layout=WIDE)]
+
+    def _layer_chosen(self) -> None:
+        table = self.control.ranking(self.layer.value).head(_LISTED)
+        rows = zip(table.neuron.tolist(), table.change, table.selected, strict=True)
+        self.list.options = [(f"{neuron}: change {change:.1%}, {rounds} rounds", neuron) for neuron, change, rounds in rows]
+        self.list.index = 0
+        self._listed()
+
+    def _listed(self) -> None:
+        if self.list.value is None:
+            return
+        if self.number.value == self.list.value:
+            self._look()
+        else:
+            self.number.value = self.list.value
+
+    def _look(self) -> None:
+        layer, neuron = self.layer.value, self.number.value
+        try:
+            self.view = self.control.look(layer, neuron)
+        except NSEError as wrong:
+            self.say_error(explain(wrong))
+            return
+        self.say_error("")
+        self.say_code(self.control.code(layer, neuron))
+        self.refresh()
+
+
+def neuron_html(view: NeuronView) -> str:
+    """Return what there is to say of a neuron."""
+    relative = view.norm_change / view.norm_before if view.norm_before else 0.0
+    norms = (
+        f"column norm {view.norm_before:.4g} before, {view.norm_now:.4g} now; ‖ΔW‖ of the column {view.norm_change:.4g} ({relative:.1%})"
+    )
+    tokens = markup.rows(
+        list(view.tokens.columns), ([f"<code>{markup.visible(t)}</code>" for t in row] for row in view.tokens.to_numpy().tolist())
+    )
+    facts = view.facts.sort_values("activation", key=abs, ascending=False)
+    chosen = f"{view.facts.loc[view.facts.selected, 'round'].nunique()} rounds selected it"
+    return (
+        f'<div class="nse-sub">Layer {view.layer}, neuron {view.neuron}</div>{markup.note(norms)}'
+        + markup.section("Tokens", tokens, "that its column raises and lowers most")
+        + (markup.section("Facts", markup.frame(facts), f"{chosen}; largest activation first") if len(facts) else "")
+    )

@@ -1,0 +1,175 @@
+"""What the edit panel does, without a front end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import nse_tools as nse
+from nse_tools.editing import EditSession
+from nse_tools.errors import EditError, FactError, StateError
+from nse_tools.widgets import ProbeControl
+from nse_tools.widgets.probe_control import code_of, marked_prompt
+from small_sessions import bits, same, session_of
+
+PROMPT, TARGET = "The mother tongue of {Danielle Darrieux} is", "French"
+
+
+@pytest.fixture
+def session() -> EditSession:
+    return session_of(rounds=1)
+
+
+@pytest.fixture
+def control(session: EditSession) -> ProbeControl:
+    control = ProbeControl(session)
+    control.write(PROMPT, TARGET, paraphrases=["Danielle Darrieux speaks"], neighborhood=["Berlin speaks"])
+    return control
+
+
+def test_the_marked_subject_makes_the_fact(control: ProbeControl) -> None:
+    fact = control.fact
+    assert fact is not None
+    assert (fact.subject, fact.prompt, fact.target_new) == ("Danielle Darrieux", "The mother tongue of {} is", "French")
+    assert marked_prompt(fact) == PROMPT
+    assert eval(code_of(fact), {"nse": nse}) == fact
+
+
+@pytest.mark.parametrize("prompt", ["The capital is", "The {capital} of {France} is", "The {} is", "The { } is", ""])
+def test_a_prompt_without_exactly_one_marked_subject_is_refused_with_an_example(control: ProbeControl, prompt: str) -> None:
+    with pytest.raises(FactError, match=r"braces, once, as in 'The city of \{Paris\}"):
+        control.write(prompt, TARGET)
+    assert control.fact is None
+    with pytest.raises(FactError, match="Write a fact first"):
+        list(control.preview_steps())
+
+
+def test_the_token_view_marks_the_subjects_last_token(control: ProbeControl) -> None:
+    assert control.fact is not None
+    view = control.tokens(control.fact)
+    assert "".join(view.pieces) == control.fact.text
+    upto = "".join(view.pieces[: view.edited + 1])
+    assert upto == "The mother tongue of Danielle Darrieux"
+    first = control.tokens(control.write("{B} is the capital of", "France"))
+    assert first.led
+    assert first.pieces[0] == "\n"
+    assert first.pieces[first.edited] == "B"
+
+
+def test_a_preview_changes_nothing_and_is_the_edit_made_afterwards(control: ProbeControl, session: EditSession) -> None:
+    state, rounds = bits(session), session.rounds
+    steps = list(control.preview_steps())
+    assert [s.done for s in steps] == [0, 1]
+    assert same(bits(session), state)
+    assert session.rounds == rounds
+    assert session.progress is False
+    preview = control.preview
+    assert preview is not None
+    list(control.apply_steps())
+    assert session.rounds[-1].digest == preview.round.digest
+    assert not same(bits(session), state)
+    assert control.can_undo
+    list(control.undo_steps())
+    assert same(bits(session), state)
+    assert session.rounds == rounds
+    # the preview still holds: it was made of this very state
+    assert control.can_apply
+    assert not control.can_undo
+
+
+def test_answers_are_those_of_the_model_before_and_now(control: ProbeControl, session: EditSession) -> None:
+    control.write(PROMPT, TARGET, paraphrases=["Danielle Darrieux speaks"], neighborhood=["Berlin speaks"])
+    with session.at(1) as model:
+        before = model.generate(control.fact.text, max_new_tokens=4)
+    list(control.preview_steps())
+    list(control.apply_steps(own=["The capital of France is"]))
+    assert [c.kind for c in control.asked] == ["the fact", "paraphrase", "own", "neighbour"]
+    fact = control.asked[0]
+    assert fact.before.text == before
+    assert fact.now.text == session.model.generate(control.fact.text, max_new_tokens=4)
+    likely = session.model.next_tokens(control.fact.text, k=3)
+    assert [p for _, p in fact.now.next] == pytest.approx(likely.probability.tolist())
+    assert fact.changed == (fact.before.line != fact.now.line)
+    list(control.undo_steps())
+    assert all(c.before == c.now for c in control.asked)
+    assert control.asked[0].now.text == before
+
+
+def test_only_a_fresh_preview_of_this_fact_can_be_applied(control: ProbeControl, session: EditSession) -> None:
+    with pytest.raises(StateError, match="Preview this fact first"):
+        list(control.apply_steps())
+    list(control.preview_steps())
+    control.write(PROMPT, "Rome")
+    assert not control.can_apply
+    control.write(PROMPT, TARGET, paraphrases=["Danielle Darrieux speaks"], neighborhood=["Berlin speaks"])
+    assert control.can_apply
+    session.undo()  # behind the panel's back
+    assert not control.can_apply
+    with pytest.raises(StateError, match="session have changed"):
+        list(control.apply_steps())
+
+
+def test_only_an_edit_of_this_panel_is_undone(control: ProbeControl, session: EditSession) -> None:
+    assert not control.can_undo
+    with pytest.raises(StateError, match="not made in this panel"):
+        list(control.undo_steps())
+    list(control.preview_steps())
+    list(control.apply_steps())
+    session.edit(nse.Fact("other", "Tower", "The {} is in", "Japan"))
+    assert not control.can_undo
+    session.undo()
+    assert control.can_undo
+    assert len(session) == 2
+
+
+def test_an_edit_that_fails_leaves_the_session_as_it_was(
+    control: ProbeControl, session: EditSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.progress = True
+    list(control.preview_steps())
+    state = bits(session)
+
+    def breaking(*_, **__) -> None:
+        raise EditError("Layer 1: singular")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nse_tools.editing.updating.solve_update", breaking)
+        with pytest.raises(EditError, match="singular"):
+            list(control.apply_steps())
+    assert same(bits(session), state)
+    assert len(session) == 1
+    assert session.progress is True
+    assert control.can_apply
+
+
+def test_the_code_does_the_same(control: ProbeControl, session: EditSession) -> None:
+    list(control.preview_steps())
+    again = session_of(rounds=1)
+    assert eval(control.code("preview"), {"nse": nse, "session": again}).round.digest == control.preview.round.digest
+    list(control.apply_steps())
+    assert eval(control.code("edit"), {"nse": nse, "session": again}).digest == session.rounds[-1].digest
+    assert eval(control.code("ask"), {"session": session}) == control.asked[0].now.text
+    list(control.undo_steps())
+    eval(control.code("undo"), {"session": again})
+    assert torch.equal(session.model.weight(1), again.model.weight(1))
+
+
+def test_fine_tuning_can_be_probed_too() -> None:
+    session = session_of(
+        solver="gradient", layers=(2,), passes=1, alpha=0.0, upper_bound=float("inf"), neuron_threshold=1.0, ft_num_steps=3
+    )
+    control = ProbeControl(session)
+    control.write(PROMPT, TARGET)
+    list(control.preview_steps())
+    list(control.apply_steps())
+    assert session.rounds[-1].digest == control.preview.round.digest
+
+
+def test_the_same_fact_can_be_edited_again_and_the_session_still_tells_the_rounds_apart(
+    control: ProbeControl, session: EditSession
+) -> None:
+    for _ in range(2):
+        list(control.preview_steps())
+        list(control.apply_steps())
+    assert [f.id for batch in session.facts[1:] for f in batch] == ["probe-2", "probe-3"]
+    assert session.scores(with_perplexity=False)["round"].tolist() == [0, 1, 2, 3]
