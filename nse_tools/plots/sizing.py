@@ -1,0 +1,123 @@
+"""Laying a figure out for another width: a paper's column, a page, a slide."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import plotly.graph_objects as go
+
+from nse_tools.errors import SettingError
+from nse_tools.plots.theme import wrapped
+
+PIXELS = {"px": 1.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4, "pt": 96 / 72}
+"""CSS pixels in a unit of length."""
+COLUMN = "8.5cm"
+"""Width of a column of a two-column paper."""
+_NARROW = 520
+_PANEL = 260
+_LEGEND_ROW = 20
+
+
+def at_width(fig: go.Figure, width: float | str, height: float | str | None = None) -> go.Figure:
+    """Return a copy of a figure laid out for another width.
+
+    Below 520 pixels fonts become those of a printed column (7.5 points), legends move under the plot and panels that stood side by
+    side are stacked; the title is broken into lines again in any case.
+
+    Parameters
+    ----------
+    fig : Figure
+        The figure; it stays as it is.
+    width : float or str
+        Pixels (96 an inch), or a length like ``"8.5cm"``, ``"85mm"``, ``"3.35in"``.
+    height : float or str, optional
+        Likewise; by default the figure grows flatter more slowly than it grows narrow.
+
+    Raises
+    ------
+    SettingError
+        If a length cannot be read.
+    """
+    copy = go.Figure(fig)
+    wide, tall = pixels(width), copy.layout.height or 430
+    before = copy.layout.width or 720
+    narrow = wide < _NARROW
+    stacked = _stack(copy) if narrow or wide < _PANEL * _n_panels(copy) else 1
+    shrunk = tall * min(1.0, (wide * stacked / before) ** 0.7) if stacked == 1 else stacked * max(190.0, 0.62 * wide) + 60
+    copy.update_layout(width=round(wide), height=round(pixels(height) if height is not None else max(200.0, shrunk)))
+    if copy.layout.title.text:
+        text = html.unescape(copy.layout.title.text.replace("<br>", " "))
+        copy.update_layout(title_text=wrapped(text, int(wide), 11 if narrow else 15))
+    return _printed(copy) if narrow else copy
+
+
+def pixels(length: float | str) -> float:
+    """Return a length in CSS pixels.
+
+    Raises
+    ------
+    SettingError
+        If it is not a positive number of pixels, centimetres, millimetres, inches or points.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(px|in|cm|mm|pt)?\s*", str(length))
+    if not found or float(found[1]) <= 0:
+        raise SettingError(f"{length!r} is no length: expected pixels, or a text like '8.5cm', '85mm', '3.35in', '240pt'.")
+    return float(found[1]) * PIXELS[found[2] or "px"]
+
+
+def _printed(fig: go.Figure) -> go.Figure:
+    fig.update_layout(font_size=10, title_font_size=11, title_pad={"l": 6, "t": 6, "b": 6}, margin={"l": 38, "r": 10, "b": 22})
+    fig.update_layout(height=fig.layout.height + _LEGEND_ROW * -(-_n_named(fig) // 2))
+    fig.update_layout(legend=_UNDER | {"font_size": 9})
+    fig.update_annotations(font_size=9.5)
+    fig.for_each_xaxis(lambda axis: axis.update(title_font_size=10, tickfont_size=9, title_standoff=4, ticklen=3))
+    fig.for_each_yaxis(lambda axis: axis.update(title_font_size=10, tickfont_size=9, title_standoff=4, ticklen=3))
+    fig.update_traces(textfont_size=8, selector={"type": "heatmap"})
+    fig.update_traces(colorbar={"thickness": 8, "tickfont": {"size": 8}, "title": {"font": {"size": 9}}}, selector={"type": "heatmap"})
+    fig.for_each_trace(_thinner, selector={"type": "scatter"})
+    return fig
+
+
+def _n_named(fig: go.Figure) -> int:
+    """Return how many entries the legend has; a figure of one trace has none."""
+    named = sum(trace.showlegend is not False and bool(trace.name) for trace in fig.data)
+    return named if len(fig.data) > 1 and fig.layout.showlegend is not False else 0
+
+
+_UNDER = {
+    "orientation": "h",
+    "x": 0,
+    "xref": "container",
+    "xanchor": "left",
+    "y": 0,
+    "yref": "container",
+    "yanchor": "bottom",
+}
+
+
+def _thinner(trace: go.Scatter) -> None:
+    if trace.line.width is not None and trace.line.width > 1:
+        trace.update(line_width=max(1.0, trace.line.width * 0.7))
+    if isinstance(trace.marker.size, int | float):
+        trace.update(marker_size=trace.marker.size * 0.7)
+
+
+def _n_panels(fig: go.Figure) -> int:
+    return int((fig.layout.meta or {}).get("panels", 1))
+
+
+def _stack(fig: go.Figure) -> int:
+    """Put panels that stand side by side one under the other; return their number."""
+    n = _n_panels(fig)
+    if n == 1:
+        return 1
+    gap = 0.34 / n
+    height = (1 - gap * (n - 1)) / n
+    for number in range(n):
+        top = 1 - number * (height + gap)
+        ending = "" if number == 0 else str(number + 1)
+        fig.layout[f"xaxis{ending}"].domain = (0, 1)
+        fig.layout[f"yaxis{ending}"].domain = (max(0.0, top - height), top)
+        fig.layout.annotations[number].update(x=0, xanchor="left", y=top, yanchor="bottom")
+    return n
