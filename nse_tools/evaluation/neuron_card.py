@@ -34,8 +34,9 @@ class NeuronCard:
         One row a fact: ``round``, ``fact``, ``text``, ``activation`` (k_j[i] after the fact's round), ``selected`` (whether a pass
         that took the fact could change the neuron).
     tokens : DataFrame
-        What its column promotes: ``when`` (``"before"`` all edits, ``"after"``), ``sign`` (``"promoted"`` by a positive
-        activation, ``"suppressed"``), ``rank``, ``token``, ``logit``.
+        The tokens that its column promotes or suppresses most, before all edits or after: ``token``, ``before`` and ``after`` (logits,
+        positive where a positive activation makes the token likelier), ``rank_before`` and ``rank_after`` (1: the most promoted
+        of the vocabulary), most promoted after the edits first.
     history : DataFrame
         One row a round from 0: ``norm`` of the column W[:, i], ``cosine`` with the original column, ``change`` ‖W_t[:, i] − W₀[:, i]‖.
     """
@@ -60,8 +61,7 @@ class NeuronCard:
         )
 
     def _repr_html_(self) -> str:
-        words = self.tokens.pivot_table(index="rank", columns=["sign", "when"], values="token", aggfunc="first")
-        return table_html(self.to_frame().head(10), head=self) + table_html(words, index=True)
+        return table_html(self.to_frame().head(10), head=self) + table_html(self.tokens)
 
     def plot(self, **options: Any) -> Any:
         """Draw the card (:func:`nse_tools.plots.neuron_card`)."""
@@ -83,7 +83,7 @@ def neuron_card(session: EditSession, layer: int, neuron: int, *, k: int = 8) ->
     neuron : int
         i, the column of its weight.
     k : int
-        How many tokens are shown on either side.
+        How many tokens are shown on either side, of the column before and after.
 
     Raises
     ------
@@ -97,44 +97,50 @@ def neuron_card(session: EditSession, layer: int, neuron: int, *, k: int = 8) ->
     columns = [session.model.originals[layer][:, neuron].double()]
     for done in session.rounds:
         columns.append(columns[-1] + round_update(done, layer)[:, neuron])
-    read = [promoted_tokens(session.model, column, k).assign(when=when) for when, column in (("before", columns[0]), ("after", columns[-1]))]
     return NeuronCard(
         layer=layer,
         neuron=neuron,
         activity=float(session.moments[layer][neuron, neuron].clamp(min=0).sqrt()),
         activations=pd.concat([_activations(done, layer, neuron) for done in session.rounds], ignore_index=True),
-        tokens=pd.concat(read, ignore_index=True)[["when", "sign", "rank", "token", "logit"]],
+        tokens=promoted_tokens(session.model, columns[0], columns[-1], k),
         history=_history(columns),
     )
 
 
 @torch.no_grad()
-def promoted_tokens(model: EditableModel, vector: Tensor, k: int = 8) -> pd.DataFrame:
-    """Return the tokens that a vector in the residual stream promotes most and suppresses most.
+def promoted_tokens(model: EditableModel, before: Tensor, after: Tensor, k: int = 8) -> pd.DataFrame:
+    """Return the tokens that a vector in the residual stream promotes and suppresses most, before and after it was changed.
 
     Parameters
     ----------
     model : EditableModel
         The model.
-    vector : Tensor
-        (d_model,).
+    before, after : Tensor
+        The vector v, (d_model,), as it was and as it is.
     k : int
-        How many on either side.
+        How many tokens of either vector on either side.
 
     Returns
     -------
     DataFrame
-        ``sign``, ``rank``, ``token``, ``logit`` = unembed(v) − unembed(0).
+        ``token``, ``before``, ``after`` (logits unembed(v) − unembed(0)), ``rank_before``, ``rank_after``.
     """
-    pair = torch.stack([vector, torch.zeros_like(vector)]).to(model.device, model.dtype)
+    vectors = torch.stack([before, after, torch.zeros_like(before)]).to(model.device, model.dtype)
     with model.running():
-        read = model.unembed(pair).float()
-    logits = (read[0] - read[1]).cpu()
-    parts = []
-    for sign, best in (("promoted", logits.topk(k)), ("suppressed", (-logits).topk(k))):
-        words = [model.tokenizer.decode([i]) for i in best.indices.tolist()]
-        parts.append(pd.DataFrame({"sign": sign, "rank": range(1, k + 1), "token": words, "logit": logits[best.indices].tolist()}))
-    return pd.concat(parts, ignore_index=True)
+        read = model.unembed(vectors).float().cpu()
+    logits = read[:2] - read[2]
+    best = torch.cat([logits.topk(k).indices, (-logits).topk(k).indices]).unique()
+    chosen = best[logits[1, best].argsort(descending=True, stable=True)]
+    ranks = 1 + (logits[:, None, :] > logits[:, chosen, None]).sum(-1)
+    return pd.DataFrame(
+        {
+            "token": [model.tokenizer.decode([i]) for i in chosen.tolist()],
+            "before": logits[0, chosen].tolist(),
+            "after": logits[1, chosen].tolist(),
+            "rank_before": ranks[0].tolist(),
+            "rank_after": ranks[1].tolist(),
+        }
+    )
 
 
 def _activations(done: EditRound, layer: int, neuron: int) -> pd.DataFrame:

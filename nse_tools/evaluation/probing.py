@@ -127,7 +127,9 @@ def probe_prompt(
         prompt = prompt.text
     model, chosen = session.model, tuple(range(len(session) + 1) if rounds is None else rounds)
     if not model.encode(prompt).ids or not chosen or (k < 1 and not watch):
-        raise SettingError(f"probe_prompt: prompt={prompt!r:.60}, k={k!r}: expected a text, a round, and k of at least 1 or tokens to watch.")
+        raise SettingError(
+            f"probe_prompt: prompt={prompt!r:.60}, k={k!r}: expected a text, a round, and k of at least 1 or tokens to watch."
+        )
     followed = tuple(dict.fromkeys(continued(model, prompt, text).target_ids[0] for text in watch))
     p = torch.stack([_next_token(session, prompt, t) for t in chosen])
     likeliest = p.topk(k).indices.flatten().tolist() if k > 0 else []

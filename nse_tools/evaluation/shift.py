@@ -105,7 +105,9 @@ def hidden_shift(
     texts = tuple(dict.fromkeys(_unrelated(session) if prompts is None else prompts))
     chosen = tuple(dict.fromkeys((0, len(session)) if rounds is None else rounds))
     if len(texts) < 3 or len(chosen) < 2 or not all(model.encode(text).ids for text in texts):
-        raise SettingError(f"hidden_shift: {len(texts)} prompts, rounds {chosen}: expected three different prompts and two rounds at least.")
+        raise SettingError(
+            f"hidden_shift: {len(texts)} prompts, rounds {chosen}: expected three different prompts and two rounds at least."
+        )
     at, first = model.n_layers - 1 if layer is None else layer, min(session.method.layers)
     if at < first:
         raise SettingError(f"layer={at}: nothing changes below layer {first}, the first that is edited.")

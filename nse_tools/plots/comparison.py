@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import COLORS, faint, figure, plain
+from nse_tools.plots.theme import faint, figure, plain, style
 
 if TYPE_CHECKING:
     from nse_tools.evaluation import Comparison
 
-_DASHES = ("solid", "dash", "dot")
-_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down", "pentagon")
 _NAMES = {"score": "Score", "efficacy_accuracy": "accuracy on rewrites"}
 
 
@@ -64,7 +62,7 @@ def over_seeds(curve: pd.DataFrame, with_unedited: bool = False) -> pd.DataFrame
 
 
 def _add_line(fig: go.Figure, method: str, line: pd.DataFrame, number: int) -> None:
-    color, name = COLORS[number % len(COLORS)], plain(method)
+    look, name = style(number), plain(method)
     if not math.isfinite(line["mean"].iloc[-1]):
         name += " (∞ at the end)"
     finite = line[line.high < math.inf]
@@ -74,7 +72,7 @@ def _add_line(fig: go.Figure, method: str, line: pd.DataFrame, number: int) -> N
                 x=[*finite.edits, *finite.edits[::-1]],
                 y=[*finite.high, *finite.low[::-1]],
                 fill="toself",
-                fillcolor=faint(color),
+                fillcolor=faint(look["line"]["color"]),
                 line={"width": 0},
                 mode="lines",
                 hoverinfo="skip",
@@ -89,8 +87,8 @@ def _add_line(fig: go.Figure, method: str, line: pd.DataFrame, number: int) -> N
             y=finite["mean"].tolist(),
             customdata=finite[["low", "high"]].to_numpy().tolist(),
             mode="lines+markers",
-            line={"color": color, "dash": _DASHES[number // len(COLORS) % len(_DASHES)]},
-            marker={"symbol": _MARKERS[number % len(_MARKERS)], "size": 7},
+            line=look["line"],
+            marker=look["marker"] | {"size": 7},
             name=name,
             legendgroup=name,
             hovertemplate="%{x} edits: %{y:.2f} (seeds %{customdata[0]:.2f} to %{customdata[1]:.2f})<extra>" + name + "</extra>",

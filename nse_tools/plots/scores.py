@@ -8,9 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from nse_tools.errors import SettingError
-from nse_tools.plots.theme import COLORS, figure, plain
-
-_DASHES = ("solid", "dash", "dot", "dashdot")
+from nse_tools.plots.theme import COLORS, DASHES, figure, plain
 
 
 def scores(
@@ -47,7 +45,7 @@ def scores(
                     y=edited[measure].tolist(),
                     mode="lines+markers",
                     name=label,
-                    line={"color": COLORS[number % len(COLORS)], "dash": _DASHES[kind % len(_DASHES)]},
+                    line={"color": COLORS[number % len(COLORS)], "dash": DASHES[kind % len(DASHES)]},
                     hovertemplate=f"{label}, %{{x}} facts: %{{y:.2f}} %<extra></extra>",
                 )
             )

@@ -92,6 +92,19 @@ def faint(color: str, opacity: float = 0.15) -> str:
     return f"rgba({r},{g},{b},{opacity:g})"
 
 
+def style(number: int) -> dict[str, dict[str, str]]:
+    """Return line and marker of the ``number``-th series: seven colours, then other dashes; markers differ before colours repeat."""
+    line = {"color": COLORS[number % len(COLORS)], "dash": DASHES[number // len(COLORS) % len(DASHES)]}
+    return {"line": line, "marker": {"symbol": MARKERS[number % len(MARKERS)]}}
+
+
+def fact_texts(source: object) -> dict[str, str]:
+    """Return what to say about each fact of a round or session (not escaped yet): id → "prompt → new target"; else nothing."""
+    rounds = getattr(source, "rounds", None) or [source]
+    facts = [fact for done in rounds for fact in getattr(done, "facts", ())]
+    return {fact.id: f"{fact.text} → {fact.target_new}" for fact in facts}
+
+
 def plain(text: object) -> str:
     """Escape text for a label or hover: plotly reads a small HTML in all of them."""
     return html.escape(str(text), quote=False)

@@ -1,0 +1,198 @@
+"""What the model says: next tokens before and after, layer by layer, round by round, and how unrelated states moved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+from nse_tools.errors import SettingError
+from nse_tools.plots.theme import COLORS, GUIDE, SEQUENTIAL, figure, plain, style, token
+
+if TYPE_CHECKING:
+    from nse_tools.evaluation import HiddenShift, PromptProbe
+    from nse_tools.tracing import LogitLens
+
+
+def next_tokens(probe: PromptProbe, before: int | None = None, after: int | None = None, title: str | None = None) -> go.Figure:
+    """Draw a prompt's next-token probabilities before and after; the axis always runs from 0 to 1.
+
+    Parameters
+    ----------
+    probe : PromptProbe
+        What :func:`nse_tools.probe_prompt` returned.
+    before, after : int, optional
+        As of which rounds; the first and the last probed by default.
+    title : str, optional
+        Instead of the finding.
+
+    Raises
+    ------
+    SettingError
+        If a round was not probed.
+    """
+    pair = (probe.rounds[0] if before is None else before, probe.rounds[-1] if after is None else after)
+    rows = [probe.row(t) for t in pair]
+    found = f"“{probe.prompt}”: {_said(probe, pair[0])} → {_said(probe, pair[1])}"
+    order = probe.probabilities[rows].max(0).values.argsort(descending=True).tolist()
+    fig = figure(title or found, "probability of the next token", "", height=150 + 32 * len(order))
+    names = [token(probe.tokens[i]) for i in order]
+    for t, row, color in zip(pair, rows, (COLORS[5], COLORS[1]), strict=True):
+        fig.add_trace(
+            go.Bar(
+                y=list(range(len(order))),
+                x=probe.probabilities[row, order].tolist(),
+                orientation="h",
+                name=_round(t),
+                marker_color=color,
+                customdata=[[name, rank] for name, rank in zip(names, probe.ranks[row, order].tolist(), strict=True)],
+                hovertemplate=f"%{{customdata[0]}}, {_round(t)}: %{{x:.5f}}, rank %{{customdata[1]}}<extra></extra>",
+            )
+        )
+    fig.update_xaxes(range=[0, 1.02])
+    fig.update_yaxes(tickvals=list(range(len(order))), ticktext=names, autorange="reversed", showgrid=False)
+    return fig.update_layout(barmode="group", legend={"x": 0.99, "xanchor": "right", "y": 0.05, "yanchor": "bottom"})
+
+
+def prompt_rounds(probe: PromptProbe, title: str | None = None) -> go.Figure:
+    """Draw what the same prompt is continued with after every round: a line a token, those asked for thick.
+
+    Parameters
+    ----------
+    probe : PromptProbe
+        What :func:`nse_tools.probe_prompt` returned.
+    title : str, optional
+        Instead of the finding.
+    """
+    says = [_said(probe, t) for t in probe.rounds]
+    changes = [says[0], *(b for a, b in zip(says, says[1:], strict=False) if a != b)]
+    fig = figure(title or f"“{probe.prompt}”: {' → '.join(changes)}", "after round (0: unedited)", "probability of the next token")
+    for number, text in enumerate(probe.tokens):
+        watched = text in probe.watched
+        look = style(number)
+        fig.add_trace(
+            go.Scatter(
+                x=list(probe.rounds),
+                y=probe.probabilities[:, number].tolist(),
+                mode="lines+markers",
+                name=token(text),
+                line=look["line"] | {"width": 3 if watched else 1.2},
+                marker=look["marker"] | {"size": 8 if watched else 5},
+                customdata=probe.ranks[:, number].tolist(),
+                hovertemplate=f"{token(text)}, round %{{x}}: %{{y:.5f}}, rank %{{customdata}}<extra></extra>",
+            )
+        )
+    fig.update_yaxes(range=[0, 1.02])
+    fig.update_xaxes(dtick=1 if len(probe.rounds) <= 20 else None)
+    return fig.update_layout(legend={"x": 1.01, "xanchor": "left", "y": 1})
+
+
+def logit_lens(lens: LogitLens, show: str = "top", title: str | None = None) -> go.Figure:
+    """Draw layers × positions: the likeliest token written, its probability as colour; or the followed token's probability.
+
+    Parameters
+    ----------
+    lens : LogitLens
+        What :func:`nse_tools.logit_lens` returned.
+    show : {"top", "target"}
+        Whose probability is the colour; the written tokens stay the likeliest.
+    title : str, optional
+        Instead of the finding.
+
+    Raises
+    ------
+    SettingError
+        If ``show`` is unknown, or no token was followed.
+    """
+    if show not in ("top", "target"):
+        raise SettingError(f"show={show!r}: expected 'top' or 'target'.")
+    if show == "target" and lens.target_probabilities is None:
+        raise SettingError("show='target': the lens followed no token; make it with logit_lens(model, prompt, target=…).")
+    best = lens.probabilities[..., 0]
+    z = best if show == "top" or lens.target_probabilities is None else lens.target_probabilities
+    n_layers, n_positions = best.shape
+    fig = figure(
+        title or _lens_finding(lens),
+        "token read",
+        "layer",
+        height=int(min(1200, 150 + 19 * n_layers)),
+        width=int(min(1400, 170 + 88 * n_positions)),
+    )
+    fig.add_trace(
+        go.Heatmap(
+            z=z.tolist(),
+            zmin=0,
+            zmax=1,
+            colorscale=SEQUENTIAL,
+            colorbar={"title": "p" if show == "top" else f"p({token(lens.target or '')})"},
+            text=[[token(lens.names[int(i)])[:24] for i in row] for row in lens.top[..., 0]],
+            texttemplate="%{text}",
+            textfont={"size": 10},
+            customdata=[[_cell(lens, layer, at) for at in range(n_positions)] for layer in range(n_layers)],
+            hovertemplate="layer %{y}, after %{x}<br>%{customdata}<extra></extra>",
+            xgap=1,
+            ygap=1,
+        )
+    )
+    fig.update_xaxes(tickvals=list(range(n_positions)), ticktext=[token(t) for t in lens.tokens], showgrid=False, tickangle=-40)
+    return fig.update_yaxes(showgrid=False, dtick=max(1, n_layers // 10))
+
+
+def hidden_shift(shift: HiddenShift, title: str | None = None) -> go.Figure:
+    """Draw the states of unrelated prompts before and after in their principal plane, joined by lines; both axes have one scale.
+
+    Parameters
+    ----------
+    shift : HiddenShift
+        What :func:`nse_tools.hidden_shift` returned.
+    title : str, optional
+        Instead of the finding.
+    """
+    table = shift.to_frame()
+    last = table[table["round"] == shift.rounds[-1]]
+    found = f"{len(shift.prompts)} unrelated prompts at layer {shift.layer}: moved by {last.relative.mean():.1%} of ‖h‖ on average, {last.relative.max():.1%} at most"
+    one, two = shift.explained
+    fig = figure(title or found, f"first principal component ({one:.1%} of the variance)", f"second ({two:.1%})", width=720, height=560)
+    paths = [(x, y) for place in range(len(shift.prompts)) for x, y in [*shift.coordinates[:, place].tolist(), (None, None)]]
+    line = {"color": GUIDE, "width": 1}
+    fig.add_trace(go.Scatter(x=[x for x, _ in paths], y=[y for _, y in paths], mode="lines", line=line, hoverinfo="skip", showlegend=False))
+    for number, t in enumerate(shift.rounds):
+        own = table[table["round"] == t]
+        fig.add_trace(
+            go.Scatter(
+                x=own.pc1.tolist(),
+                y=own.pc2.tolist(),
+                mode="markers",
+                name=_round(t),
+                marker={"color": COLORS[number % len(COLORS)], "size": 7 if number else 9, "symbol": "circle" if number else "circle-open"},
+                customdata=[[plain(p), m, r] for p, m, r in zip(own.prompt, own.moved, own.relative, strict=True)],
+                hovertemplate=f"%{{customdata[0]}}<br>{_round(t)}: moved %{{customdata[1]:.4g}}, %{{customdata[2]:.3%}} of ‖h‖<extra></extra>",
+            )
+        )
+    fig.update_yaxes(scaleanchor="x", scaleratio=1)
+    return fig.update_layout(legend={"x": 1.01, "xanchor": "left", "y": 1})
+
+
+def _said(probe: PromptProbe, round: int) -> str:
+    return probe.says(round).strip() or repr(probe.says(round))
+
+
+def _round(number: int) -> str:
+    return f"after round {number}" if number else "unedited"
+
+
+def _lens_finding(lens: LogitLens) -> str:
+    """Say from which layer on the model's last word stands, at the last position."""
+    said = lens.top[:, -1, 0].tolist()
+    stands = next(layer for layer in range(len(said)) if len(set(said[layer:])) == 1)
+    return f"“{lens.prompt}”: {lens.names[said[-1]].strip() or 'white space'} from layer {stands} on"
+
+
+def _cell(lens: LogitLens, layer: int, at: int) -> str:
+    pairs = zip(lens.top[layer, at].tolist(), lens.probabilities[layer, at].tolist(), strict=True)
+    lines = [f"{token(lens.names[i])} {p:.4f}" for i, p in pairs]
+    if lens.target_probabilities is not None and lens.target_ranks is not None:
+        lines.append(
+            f"{token(lens.target or '')} {float(lens.target_probabilities[layer, at]):.4f}, rank {int(lens.target_ranks[layer, at])}"
+        )
+    return "<br>".join(lines)
