@@ -1,4 +1,4 @@
-"""Measuring: scores per fact and round, forgetting and retention, fluency, consistency, perplexity, drift, what a model knows, neurons, lost facts."""
+"""Measuring: scores per fact and round, forgetting and retention, text, drift, what a model knows, neurons, lost facts."""
 
 from nse_tools.evaluation.ability import AbilityScores, session_ability
 from nse_tools.evaluation.collapse import CollapseDetector, CollapseReport, CollapseSigns

@@ -48,7 +48,10 @@ class LostFacts:
         return int((self.facts.fate == LOST).sum())
 
     def by_round(self) -> pd.DataFrame:
-        """Return one row a fact and later round: ``cosine``, ``push`` and ``along`` as means over layers, the ``nearest`` fact of the layer where the cosine is largest."""
+        """Return one row a fact and later round: ``cosine``, ``push`` and ``along`` as means over layers, and ``nearest``.
+
+        The nearest fact is that of the layer where the cosine is largest.
+        """
         keys = ["fact", "edited_in_round", "round"]
         means = self.effects.groupby(keys, as_index=False, sort=False)[["cosine", "push", "along"]].mean()
         best = self.effects.loc[self.effects.groupby(keys, sort=False).cosine.idxmax(), [*keys, "nearest"]]
@@ -57,8 +60,7 @@ class LostFacts:
     def to_frame(self) -> pd.DataFrame:
         """Return one row a fact: its fate, and the round that lost it (of others: the later round that pushed hardest at its key).
 
-        ``by_round_`` columns tell of that round: ``round``, ``cosine``, ``nearest``, ``push``, ``along``; missing for the facts of the
-        last round.
+        Of that ``round``: ``cosine``, ``nearest``, ``push`` and ``along`` (:meth:`by_round`), missing for the facts of the last round.
         """
         later = self.by_round().merge(self.facts[["fact", "edited_in_round", "lost_in_round"]], on=["fact", "edited_in_round"])
         culprit = later[later.lost_in_round.isna() | (later["round"] == later.lost_in_round)]

@@ -139,7 +139,8 @@ def update_spectra(session: EditSession) -> UpdateSpectra:
     columns = ["round", "layer", "norm", "relative", "norm_ratio", "relative_change"]
     order = sorted(singular)
     norms = pd.DataFrame(rows, columns=columns).sort_values(["round", "layer"], ignore_index=True)
-    return UpdateSpectra(norms, *({at: part[at] for at in order} for part in (singular, written, read)), shape=tuple(before.shape))
+    singular, written, read = ({at: part[at] for at in order} for part in (singular, written, read))
+    return UpdateSpectra(norms, singular, written, read, (session.model.d_model, session.model.d_ff))
 
 
 def _singular_values(updates: Sequence[LayerUpdate], delta: Tensor) -> Tensor:

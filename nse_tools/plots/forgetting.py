@@ -1,4 +1,4 @@
-"""What later rounds did to earlier facts: the matrix M[t, s], curves, cohorts, retention, and which facts were lost."""
+"""What later rounds did to earlier facts: the matrix M[t, s], curves, cohorts, retention."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import COLORS, GUIDE, SEQUENTIAL, faint, figure, panels, plain, style
+from nse_tools.plots.theme import COLORS, GUIDE, SEQUENTIAL, faint, figure, plain, style
 
 if TYPE_CHECKING:
-    from nse_tools.evaluation import ForgettingMatrix, LostFacts, Retention
+    from nse_tools.evaluation import ForgettingMatrix, Retention
 
 
 def forgetting_matrix(matrix: ForgettingMatrix, title: str | None = None) -> go.Figure:
@@ -79,7 +79,10 @@ def forgetting_curve(matrices: ForgettingMatrix | Mapping[str, ForgettingMatrix]
 
 
 def curve_table(matrix: ForgettingMatrix, draws: int = 500) -> pd.DataFrame:
-    """Return the curve that is drawn: ``after_round``, ``facts``, ``mean``, ``low`` and ``high``, the 95 % interval by bootstrap over facts (seeded)."""
+    """Return the curve that is drawn: ``after_round``, ``facts``, ``mean``, ``low``, ``high``.
+
+    From low to high is the 95 % interval of the mean by bootstrap over facts (``draws`` draws, seeded).
+    """
     generator = np.random.default_rng(0)
     rows = []
     for after, group in matrix.per_fact.groupby("after_round"):
@@ -90,7 +93,7 @@ def curve_table(matrix: ForgettingMatrix, draws: int = 500) -> pd.DataFrame:
 
 
 def forgetting_cohorts(matrix: ForgettingMatrix, title: str | None = None) -> go.Figure:
-    """Draw every round's facts as a line of their own: M[t, s] against t, from t = s on; the thick grey line is the mean over all facts so far.
+    """Draw every round's facts as a line of their own: M[t, s] against t, from t = s on; thick and grey is the mean over all so far.
 
     Parameters
     ----------
@@ -152,8 +155,8 @@ def retention(retained: Retention | Mapping[str, Retention], title: str | None =
     for number, (name, found) in enumerate(named.items()):
         lines = (("final", "after the last round", "solid"), ("fresh", "right after their round", "dot"))
         for column, what, dash in lines if single else lines[:1]:
-            look = style(number)
-            label = plain(f"{name}, {what}" if name and single else name or what)
+            look, label = style(number), plain(what if single else name)
+            kept = "%{customdata[0]} facts; of those that held %{customdata[1]:.1f} % still do"
             fig.add_trace(
                 go.Scatter(
                     x=found.rounds["round"].tolist(),
@@ -163,84 +166,12 @@ def retention(retained: Retention | Mapping[str, Retention], title: str | None =
                     line=look["line"] | ({"dash": dash} if single else {}),
                     marker=look["marker"] | {"size": 8},
                     customdata=found.rounds[["facts", "retained"]].to_numpy().tolist(),
-                    hovertemplate=f"facts of round %{{x}}, {label}: %{{y:.2f}} % (%{{customdata[0]}} facts, %{{customdata[1]:.1f}} % of those that held still do)<extra></extra>",
+                    hovertemplate=f"facts of round %{{x}}, {label}: %{{y:.2f}} % ({kept})<extra></extra>",
                 )
             )
     fig.update_yaxes(range=[0, 103])
     fig.update_xaxes(dtick=1 if max(len(r.rounds) for r in named.values()) <= 20 else None)
     return fig.update_layout(legend={"x": 0.02, "y": 0.04, "yanchor": "bottom"}, showlegend=True)
-
-
-def lost_facts(lost: LostFacts, title: str | None = None) -> go.Figure:
-    """Draw when facts were lost, and how near and how hard the round that lost them came to their keys, beside the facts that were kept.
-
-    A kept fact is drawn with the later round that pushed hardest at its key; facts of the last round have no later one.
-
-    Parameters
-    ----------
-    lost : LostFacts
-        What :func:`nse_tools.lost_facts` returned.
-    title : str, optional
-        Instead of the finding.
-    """
-    table = lost.to_frame()
-    fates = [fate for fate in ("kept", "lost", "never held") if (table.fate == fate).any()]
-    fig = panels(
-        title or _lost_finding(lost, table), ["when facts were lost", "what later rounds did at their keys"], width=980, height=430
-    )
-    lost_ones = table[table.fate == "lost"]
-    for number, (own, group) in enumerate(lost_ones.groupby("edited_in_round")):
-        counts = group.lost_in_round.value_counts().sort_index()
-        fig.add_trace(
-            go.Bar(
-                x=counts.index.astype(int).tolist(),
-                y=counts.tolist(),
-                name=f"of round {own}",
-                marker_color=COLORS[number % len(COLORS)],
-                customdata=["<br>".join(plain(t) for t in group[group.lost_in_round == at].text[:12]) for at in counts.index],
-                hovertemplate=f"%{{y}} facts of round {own} lost in round %{{x}}<br>%{{customdata}}<extra></extra>",
-            ),
-            row=1,
-            col=1,
-        )
-    looks = {"kept": (COLORS[0], "circle"), "lost": (COLORS[1], "x"), "never held": (COLORS[6], "diamond-open")}
-    for fate in fates:
-        own = table[(table.fate == fate) & table["round"].notna()]
-        color, symbol = looks[fate]
-        fig.add_trace(
-            go.Scatter(
-                x=own.cosine.tolist(),
-                y=own.push.tolist(),
-                mode="markers",
-                name=fate,
-                marker={"color": color, "symbol": symbol, "size": 8 if fate == "lost" else 6},
-                customdata=[
-                    [plain(t), e, int(r), plain(n), a]
-                    for t, e, r, n, a in zip(own.text, own.edited_in_round, own["round"], own.nearest, own.along, strict=True)
-                ],
-                hovertemplate="%{customdata[0]} (round %{customdata[1]})<br>round %{customdata[2]}: cosine %{x:.3f} with %{customdata[3]}, "
-                f"push %{{y:.3f}}, along its own write %{{customdata[4]:.3f}}<extra>{fate}</extra>",
-            ),
-            row=1,
-            col=2,
-        )
-    if not len(lost_ones):
-        fig.add_annotation(text="no fact was lost", showarrow=False, x=0.5, y=0.5, xref="x domain", yref="y domain")
-    n_rounds = int(max(lost.facts.edited_in_round.max(), 1))
-    fig.update_xaxes(title_text="lost in round", range=[0.5, n_rounds + 0.5], dtick=1 if n_rounds <= 20 else None, row=1, col=1)
-    fig.update_yaxes(title_text="facts", rangemode="tozero", dtick=None if len(lost_ones) > 5 else 1, row=1, col=1)
-    fig.update_xaxes(title_text="cosine with the nearest key of that round, mean over layers", row=1, col=2)
-    fig.update_yaxes(title_text="‖ΔW_t k‖ / ‖ΔW_s k‖", rangemode="tozero", row=1, col=2)
-    return fig.update_layout(barmode="stack", legend={"x": 1.01, "xanchor": "left", "y": 1}, showlegend=True)
-
-
-def _lost_finding(lost: LostFacts, table: pd.DataFrame) -> str:
-    means = table.dropna(subset="push").groupby("fate")[["cosine", "push"]].mean()
-    said = f"{lost.n_lost} of {len(lost.facts)} facts lost"
-    if {"lost", "kept"} <= set(means.index):
-        gone, kept = means.loc["lost"], means.loc["kept"]
-        said += f"; push at their keys {gone.push:.2f} (kept {kept.push:.2f}), cosine {gone.cosine:.2f} (kept {kept.cosine:.2f})"
-    return said
 
 
 def _add_curve(fig: go.Figure, name: str, matrix: ForgettingMatrix, number: int, single: bool) -> None:
@@ -269,7 +200,8 @@ def _add_curve(fig: go.Figure, name: str, matrix: ForgettingMatrix, number: int,
             name=label,
             legendgroup=label,
             customdata=table[["facts", "low", "high"]].to_numpy().tolist(),
-            hovertemplate=f"after round %{{x}}: %{{y:.2f}} % of %{{customdata[0]}} facts (%{{customdata[1]:.1f}} to %{{customdata[2]:.1f}})<extra>{label}</extra>",
+            hovertemplate="after round %{x}: %{y:.2f} % of %{customdata[0]} facts (%{customdata[1]:.1f} to %{customdata[2]:.1f})"
+            f"<extra>{label}</extra>",
         )
     )
     if single:

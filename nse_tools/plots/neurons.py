@@ -175,7 +175,8 @@ def neuron_usage(usage: NeuronUsage, title: str | None = None) -> go.Figure:
             mode="markers",
             marker={"size": 4, "color": "rgba(0, 114, 178, 0.45)"},
             customdata=table[["neuron", "rewritten"]].to_numpy().tolist(),
-            hovertemplate="neuron %{customdata[0]}, rewritten in %{customdata[1]} rounds<br>√C[i,i] %{x:.4g}, ‖ΔW[:,i]‖ %{y:.4g}<extra></extra>",
+            hovertemplate="neuron %{customdata[0]}, rewritten in %{customdata[1]} rounds<br>"
+            "√C[i,i] %{x:.4g}, ‖ΔW[:,i]‖ %{y:.4g}<extra></extra>",
         ),
         row=1,
         col=2,
@@ -239,11 +240,13 @@ def _add_activations(fig: go.Figure, card: NeuronCard, table: pd.DataFrame) -> N
 
 def _add_tokens(fig: go.Figure, table: pd.DataFrame) -> None:
     places = list(range(len(table)))
-    lines = [(v, p) for b, a, p in zip(table.before, table.after, places, strict=True) for v, p in ((b, p), (a, p), (None, None))]
+    joined: list[tuple[float | None, int | None]] = [
+        (v, None if v is None else p) for b, a, p in zip(table.before, table.after, places, strict=True) for v in (b, a, None)
+    ]
     fig.add_trace(
         go.Scatter(
-            x=[v for v, _ in lines],
-            y=[p for _, p in lines],
+            x=[v for v, _ in joined],
+            y=[p for _, p in joined],
             mode="lines",
             line={"color": GUIDE, "width": 1},
             hoverinfo="skip",

@@ -150,7 +150,8 @@ def hidden_shift(shift: HiddenShift, title: str | None = None) -> go.Figure:
     """
     table = shift.to_frame()
     last = table[table["round"] == shift.rounds[-1]]
-    found = f"{len(shift.prompts)} unrelated prompts at layer {shift.layer}: moved by {last.relative.mean():.1%} of ‖h‖ on average, {last.relative.max():.1%} at most"
+    moved = f"moved by {last.relative.mean():.1%} of ‖h‖ on average, {last.relative.max():.1%} at most"
+    found = f"{len(shift.prompts)} unrelated prompts at layer {shift.layer}: {moved}"
     one, two = shift.explained
     fig = figure(title or found, f"first principal component ({one:.1%} of the variance)", f"second ({two:.1%})", width=720, height=560)
     paths = [(x, y) for place in range(len(shift.prompts)) for x, y in [*shift.coordinates[:, place].tolist(), (None, None)]]
@@ -166,7 +167,8 @@ def hidden_shift(shift: HiddenShift, title: str | None = None) -> go.Figure:
                 name=_round(t),
                 marker={"color": COLORS[number % len(COLORS)], "size": 7 if number else 9, "symbol": "circle" if number else "circle-open"},
                 customdata=[[plain(p), m, r] for p, m, r in zip(own.prompt, own.moved, own.relative, strict=True)],
-                hovertemplate=f"%{{customdata[0]}}<br>{_round(t)}: moved %{{customdata[1]:.4g}}, %{{customdata[2]:.3%}} of ‖h‖<extra></extra>",
+                hovertemplate="%{customdata[0]}<br>"
+                f"{_round(t)}: moved %{{customdata[1]:.4g}}, %{{customdata[2]:.3%}} of ‖h‖<extra></extra>",
             )
         )
     fig.update_yaxes(scaleanchor="x", scaleratio=1)

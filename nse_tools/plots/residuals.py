@@ -69,16 +69,16 @@ def residual_map(source: EditRound | EditSession | pd.DataFrame, title: str | No
     labels = _labels(max((group for _, group in table.groupby("round")), key=lambda g: g.step.nunique()))
     z, fates = np.full((len(order), len(labels)), np.nan), np.full((len(order), len(labels)), "", dtype=object)
     for row in table.itertuples():
-        at = labels.index("end") if row.fate == _END else row.step
+        at = labels.index("end") if row.fate == _END else int(row.step)  # type: ignore[arg-type]
         place = order[row.round, row.fact]
         z[place, at], fates[place, at] = row.residual, row.fate
     missed = skipped_facts(table)
-    found = f"Distance to the target value; {len(missed)} of {len(order)} facts were never edited" if len(missed) else None
     first, last = table[table.step == 0].residual, table[table.fate == _END].residual
+    found = f"Distance to the target value: {first.min():.3g} to {first.max():.3g} before, {last.min():.2g} to {last.max():.3g} after"
+    if len(missed):
+        found = f"Distance to the target value; {len(missed)} of {len(order)} facts were never edited"
     fig = figure(
-        title
-        or found
-        or f"Distance to the target value: {first.min():.3g} to {first.max():.3g} before, {last.min():.2g} to {last.max():.3g} after",
+        title or found,
         "before updating layer",
         "",
         height=int(np.clip(150 + 24 * len(order), 260, 1100)),
@@ -100,7 +100,8 @@ def residual_map(source: EditRound | EditSession | pd.DataFrame, title: str | No
                 [[plain(texts.get(f, f)), value, fate, r] for value, fate in zip(z[i], fates[i], strict=True)]
                 for (r, f), i in order.items()
             ],
-            hovertemplate="%{customdata[0]}<br>round %{customdata[3]}, %{x}: ‖z − h‖ %{customdata[1]:.4g} (%{customdata[2]})<extra></extra>",
+            hovertemplate="%{customdata[0]}<br>round %{customdata[3]}, %{x}: ‖z − h‖ %{customdata[1]:.4g} "
+            "(%{customdata[2]})<extra></extra>",
             xgap=1,
             ygap=1,
         )
@@ -126,43 +127,41 @@ def layer_contributions(source: EditRound | EditSession | pd.DataFrame, title: s
     """
     table = contributions(source)
     layers = sorted(table.layer.unique())
-    means = table.groupby(["pass", "layer"]).closed.agg(["mean", lambda v: v.quantile(0.1), lambda v: v.quantile(0.9)])
-    means.columns = ["mean", "low", "high"]
-    best = means["mean"].idxmax()
-    total = means["mean"].sum()
+    means = table.groupby(["pass", "layer"]).closed.describe(percentiles=[0.1, 0.9])[["mean", "10%", "90%"]].reset_index()
+    best = means.sort_values("mean").iloc[-1]
+    closes = f"layer {best.layer:.0f} in pass {best['pass'] + 1:.0f} closes most, {best['mean']:.0f} %"
     fig = figure(
-        title or f"{total:.0f} % of the distance closed; layer {best[1]} in pass {best[0] + 1} closes most, {means['mean'].max():.0f} %",
-        "layer updated",
-        "closed, percent of ‖z − h‖ at the start",
+        title or f"{means['mean'].sum():.0f} % of the distance closed; {closes}", "layer updated", "closed, percent of ‖z − h‖ at the start"
     )
-    for number, (at, own) in enumerate(means.groupby(level="pass")):
-        rows = own.droplevel("pass").reindex(layers)
+    for number, (_, own) in enumerate(means.groupby("pass")):
+        rows, name = own.set_index("layer").reindex(layers), f"pass {number + 1}"
         fig.add_trace(
             go.Bar(
                 x=[str(layer) for layer in layers],
                 y=rows["mean"].tolist(),
-                name=f"pass {int(at) + 1}",
+                name=name,
                 marker={"color": COLORS[number % len(COLORS)]},
                 error_y={
-                    "array": (rows.high - rows["mean"]).clip(lower=0).tolist(),
-                    "arrayminus": (rows["mean"] - rows.low).clip(lower=0).tolist(),
+                    "array": (rows["90%"] - rows["mean"]).clip(lower=0).tolist(),
+                    "arrayminus": (rows["mean"] - rows["10%"]).clip(lower=0).tolist(),
                     "color": GUIDE,
                     "thickness": 1.2,
                     "width": 3,
                 },
-                hovertemplate=f"pass {int(at) + 1}, layer %{{x}}: %{{y:.2f}} %<extra></extra>",
+                hovertemplate=f"{name}, layer %{{x}}: %{{y:.2f}} %<extra></extra>",
             )
         )
     fig.add_hline(y=0, line={"color": GUIDE, "width": 1})
-    fig.update_layout(
-        barmode="group", legend={"x": 0.02, "xanchor": "left", "y": 0.98}, showlegend=means.index.get_level_values(0).nunique() > 1
-    )
+    fig.update_layout(barmode="group", legend={"x": 0.02, "xanchor": "left", "y": 0.98}, showlegend=means["pass"].nunique() > 1)
     fig.update_xaxes(type="category")
     return fig
 
 
 def contributions(source: EditRound | EditSession | pd.DataFrame) -> pd.DataFrame:
-    """Return what each update closed: ``round``, ``pass``, ``layer``, ``fact``, ``closed`` = 100 (r_before − r_after) / r_start, of facts that took part."""
+    """Return what each update closed, of facts that took part: ``round``, ``pass``, ``layer``, ``fact``, ``closed``.
+
+    closed = 100 (‖r‖ before − ‖r‖ after) / ‖r‖ at the round's start.
+    """
     table = _table(source).sort_values(["round", "fact", "step"], kind="stable")
     groups = table.groupby(["round", "fact"], sort=False).residual
     closed = 100 * (table.residual - groups.shift(-1)) / groups.transform("first")

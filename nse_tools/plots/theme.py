@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -65,8 +66,8 @@ DARK = _template("#111111", "#dddddd", "rgba(160,160,160,0.22)")
 def figure(title: str, x: str, y: str, **layout: object) -> go.Figure:
     """Return an empty figure in the house's look; title and axis titles are taken as plain text."""
     fig = go.Figure()
-    wide = {"width": 720, "height": 430} | layout
-    fig.update_layout({"template": TEMPLATE, "title_text": wrapped(title, int(wide["width"]))} | wide)
+    wide: dict[str, Any] = {"width": 720, "height": 430} | layout
+    fig.update_layout({"template": TEMPLATE, "title_text": wrapped(title, wide["width"])} | wide)
     fig.update_xaxes(title_text=plain(x))
     fig.update_yaxes(title_text=plain(y))
     return fig

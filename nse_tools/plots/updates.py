@@ -26,9 +26,10 @@ def update_norms(spectra: UpdateSpectra, title: str | None = None) -> go.Figure:
         Instead of the finding.
     """
     table = spectra.norms
-    end = table[table["round"] == spectra.n_rounds].set_index("layer")
-    far = end.relative_change.idxmax()
-    found = f"After {spectra.n_rounds} rounds layer {far} has moved furthest, by {end.relative_change[far]:.1%} of ‖W₀‖; ‖W‖ grew by at most {end.norm_ratio.max() - 1:.1%}"
+    end = table[table["round"] == spectra.n_rounds].sort_values("relative_change").iloc[-1]
+    growth = table[table["round"] == spectra.n_rounds].norm_ratio.max() - 1
+    moved = f"layer {end.layer:.0f} has moved furthest, {end.relative_change:.1%}"
+    found = f"After {spectra.n_rounds} rounds {moved}; ‖W‖ grew by {growth:.1%} at most"
     fig = panels(
         title or found, ["each round's update", "moved since the start", "growth of the weights"], width=1180, height=410, gap=0.09
     )
@@ -97,10 +98,8 @@ def update_directions(spectra: UpdateSpectra, round: int | None = None, title: s
     """
     at = _round(spectra, round)
     table = spectra.directions().query("round == @at")
-    found = (
-        f"Round {at}: W₀'s top tenth of directions takes {table.written.mean():.0%} of what ΔW writes (chance {table.written_chance.mean():.0%}) "
-        f"and {table.read.mean():.0%} of what it reads (chance {table.read_chance.mean():.0%})"
-    )
+    wrote, read = (f"{table[c].mean():.0%} (chance {table[c + '_chance'].mean():.0%})" for c in ("written", "read"))
+    found = f"Round {at}: W₀'s top tenth of directions takes {wrote} of what ΔW writes and {read} of what it reads"
     fig = panels(title or found, ["written to (left directions)", "read from (right directions)"], width=900, height=410)
     for col, (shares, size) in enumerate(((spectra.written, spectra.shape[0]), (spectra.read, spectra.shape[1])), start=1):
         for number, layer in enumerate(spectra.layers):

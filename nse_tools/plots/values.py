@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import plotly.graph_objects as go
 
+from nse_tools.editing import TargetValues
 from nse_tools.errors import SettingError, nearest
 from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, fact_texts, figure, plain
 
 if TYPE_CHECKING:
-    from nse_tools.editing import EditRound, Method, TargetValues
+    from nse_tools.editing import EditRound, Method
 
 _LABELS = {
     "loss": "loss",
@@ -40,7 +41,8 @@ def value_search(
     values : TargetValues or EditRound
         What :func:`nse_tools.compute_values` returned, or a round, whose facts' texts the hovers then show.
     quantity : str
-        ``"probability"``, ``"loss"``, ``"nll"``, ``"kl"``, ``"decay"``, ``"norm"`` or ``"of_clamp"``: ‖δ‖ in units of the largest it may be.
+        ``"probability"``, ``"loss"``, ``"nll"``, ``"kl"``, ``"decay"``, ``"norm"`` or ``"of_clamp"``:
+        ‖δ‖ in units of the largest it may be.
     highlight : str, optional
         The id of a fact; the first by default.
     title : str, optional
@@ -59,7 +61,7 @@ def value_search(
     if quantity not in table:
         raise SettingError("quantity='of_clamp' needs the method's clamp: give a round, or method=….")
     shown, texts = _chosen(table, highlight, "highlight"), fact_texts(values)
-    by_fact = dict(tuple(table.groupby("fact", sort=False)))
+    by_fact = {str(fact): own for fact, own in table.groupby("fact", sort=False)}
     first, last = (sum(t[quantity].iloc[at] for t in by_fact.values()) / len(by_fact) for at in (0, -1))
     fig = figure(title or f"{_LABELS[quantity]}: mean {first:.3g} → {last:.3g} over {len(by_fact)} facts", "step", _LABELS[quantity])
     for fact, own in sorted(by_fact.items(), key=lambda item: item[0] == shown):
@@ -129,8 +131,8 @@ def value_parts(
 
 def value_table(values: TargetValues | EditRound, method: Method | None = None) -> pd.DataFrame:
     """Return what the value plots draw: the trace, and with a method ``kl_part`` = kl_factor · KL and ``of_clamp`` = ‖δ‖ / (κ ‖h₀‖)."""
-    found: TargetValues = getattr(values, "values", values)  # type: ignore[assignment]
-    method = method or getattr(values, "method", None)
+    found, own = (values, None) if isinstance(values, TargetValues) else (values.values, values.method)
+    method = method or own
     table = found.trace.copy()
     if method is None:
         return table

@@ -55,7 +55,7 @@ class LogitLens:
         return len(self.top)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a layer, position and rank: ``layer``, ``position``, ``read`` (the prompt's token), ``rank``, ``token``, ``probability``."""
+        """Return one row a layer, position and rank: ``read`` (the prompt's token), ``token`` (predicted), ``probability``."""
         n_layers, n_positions, k = self.top.shape
         index = pd.MultiIndex.from_product([range(n_layers), range(n_positions), range(1, k + 1)], names=["layer", "position", "rank"])
         table = index.to_frame(index=False)
