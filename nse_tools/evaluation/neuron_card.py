@@ -34,9 +34,9 @@ class NeuronCard:
         One row a fact: ``round``, ``fact``, ``text``, ``activation`` (k_j[i] after the fact's round), ``selected`` (whether a pass
         that took the fact could change the neuron).
     tokens : DataFrame
-        The tokens that its column promotes or suppresses most, before all edits or after: ``token``, ``before`` and ``after`` (logits,
-        positive where a positive activation makes the token likelier), ``rank_before`` and ``rank_after`` (1: the most promoted
-        of the vocabulary), most promoted after the edits first.
+        The tokens that its column promotes or suppresses most, before all edits or after: ``id``, ``token``, ``before`` and
+        ``after`` (logits, positive where a positive activation makes the token likelier), ``rank_before`` and ``rank_after``
+        (1: the most promoted of the vocabulary); most promoted after the edits first.
     history : DataFrame
         One row a round from 0: ``norm`` of the column W[:, i], ``cosine`` with the original column, ``change`` ‖W_t[:, i] − W₀[:, i]‖.
     """
@@ -123,7 +123,7 @@ def promoted_tokens(model: EditableModel, before: Tensor, after: Tensor, k: int 
     Returns
     -------
     DataFrame
-        ``token``, ``before``, ``after`` (logits unembed(v) − unembed(0)), ``rank_before``, ``rank_after``.
+        ``id``, ``token``, ``before``, ``after`` (logits unembed(v) − unembed(0)), ``rank_before``, ``rank_after``.
     """
     vectors = torch.stack([before, after, torch.zeros_like(before)]).to(model.device, model.dtype)
     with model.running():
@@ -134,6 +134,7 @@ def promoted_tokens(model: EditableModel, before: Tensor, after: Tensor, k: int 
     ranks = 1 + (logits[:, None, :] > logits[:, chosen, None]).sum(-1)
     return pd.DataFrame(
         {
+            "id": chosen.tolist(),
             "token": [model.tokenizer.decode([i]) for i in chosen.tolist()],
             "before": logits[0, chosen].tolist(),
             "after": logits[1, chosen].tolist(),

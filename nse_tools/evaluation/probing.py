@@ -36,7 +36,7 @@ class PromptProbe:
     tokens : tuple of str
         The same as text.
     watched : tuple of str
-        Those of the tokens that were asked for.
+        The first of the tokens: those that were asked for.
     probabilities : Tensor
         (n_rounds, n_tokens).
     ranks : Tensor
@@ -82,7 +82,7 @@ class PromptProbe:
                 "token": self.tokens * len(self.rounds),
                 "probability": self.probabilities.flatten().tolist(),
                 "rank": self.ranks.flatten().tolist(),
-                "watched": [t in self.watched for t in self.tokens] * len(self.rounds),
+                "watched": [number < len(self.watched) for number in range(n)] * len(self.rounds),
             }
         )
 

@@ -37,9 +37,8 @@ def comparison_curve(comparison: Comparison, measure: str = "score", facts_of: i
     ends = table.groupby("method", sort=False).tail(1)
     found = ", ".join(f"{method} {value:.1f}" for method, value in zip(ends.method, ends["mean"], strict=True))
     unit = "" if measure == "perplexity" else " (percent)"
-    fig = figure(title or f"{name}{of} at the end: {found}", "facts edited so far", f"{name}{of}{unit}")
-    if not title and len(found) > 60:  # a long finding would run out of the figure
-        fig.update_layout(title_text=plain(f"{name}{of}"))
+    long = len(ends) > 5  # then the finding would be a list of numbers
+    fig = figure(title or (f"{name}{of}" if long else f"{name}{of} at the end: {found}"), "facts edited so far", f"{name}{of}{unit}")
     for number, (method, line) in enumerate(table.groupby("method", sort=False)):
         _add_line(fig, str(method), line, number)
     if measure == "perplexity":

@@ -173,7 +173,7 @@ def neuron_usage(usage: NeuronUsage, title: str | None = None) -> go.Figure:
             x=table.activity.tolist(),
             y=table.change.tolist(),
             mode="markers",
-            marker={"size": 4, "color": "rgba(0, 114, 178, 0.45)"},
+            marker={"size": 4, "color": "rgba(60, 145, 205, 0.5)"},
             customdata=table[["neuron", "rewritten"]].to_numpy().tolist(),
             hovertemplate="neuron %{customdata[0]}, rewritten in %{customdata[1]} rounds<br>"
             "√C[i,i] %{x:.4g}, ‖ΔW[:,i]‖ %{y:.4g}<extra></extra>",
@@ -207,7 +207,7 @@ def neuron_card(card: NeuronCard, title: str | None = None, facts: int = 15) -> 
         f"cosine with what it was {last.cosine:.2f}"
     )
     names = ["activation on the facts", "tokens its column promotes", "its column, round by round"]
-    fig = panels(title or found, names, width=1240, height=470, gap=0.13)
+    fig = panels(title or found, names, width=1240, height=max(470, 150 + 15 * len(card.tokens)), gap=0.13)
     _add_activations(fig, card, card.to_frame().head(facts))
     _add_tokens(fig, card.tokens)
     _add_history(fig, card.history)

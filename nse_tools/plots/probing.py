@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
@@ -68,7 +69,7 @@ def prompt_rounds(probe: PromptProbe, title: str | None = None) -> go.Figure:
     changes = [says[0], *(b for a, b in zip(says, says[1:], strict=False) if a != b)]
     fig = figure(title or f"“{probe.prompt}”: {' → '.join(changes)}", "after round (0: unedited)", "probability of the next token")
     for number, text in enumerate(probe.tokens):
-        watched = text in probe.watched
+        watched = number < len(probe.watched)
         look = style(number)
         fig.add_trace(
             go.Scatter(
@@ -87,7 +88,14 @@ def prompt_rounds(probe: PromptProbe, title: str | None = None) -> go.Figure:
     return fig.update_layout(legend={"x": 1.01, "xanchor": "left", "y": 1})
 
 
-def logit_lens(lens: LogitLens, show: str = "top", title: str | None = None) -> go.Figure:
+def logit_lens(
+    lens: LogitLens,
+    show: str = "top",
+    title: str | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+) -> go.Figure:
     """Draw layers × positions: the likeliest token written, its probability as colour; or the followed token's probability.
 
     Parameters
@@ -98,44 +106,50 @@ def logit_lens(lens: LogitLens, show: str = "top", title: str | None = None) -> 
         Whose probability is the colour; the written tokens stay the likeliest.
     title : str, optional
         Instead of the finding.
+    layers, positions : sequence of int, optional
+        Which of them to draw, all by default; negative positions count from the end. A paper's column holds about
+        twelve layers and five positions with their tokens.
 
     Raises
     ------
     SettingError
-        If ``show`` is unknown, or no token was followed.
+        If ``show`` is unknown, no token was followed, or there is no such layer or position.
     """
     if show not in ("top", "target"):
         raise SettingError(f"show={show!r}: expected 'top' or 'target'.")
     if show == "target" and lens.target_probabilities is None:
         raise SettingError("show='target': the lens followed no token; make it with logit_lens(model, prompt, target=…).")
-    best = lens.probabilities[..., 0]
-    z = best if show == "top" or lens.target_probabilities is None else lens.target_probabilities
-    n_layers, n_positions = best.shape
+    n_layers, n_positions = lens.top.shape[:2]
+    rows = _places(layers, n_layers, "layers")
+    columns = _places(positions, n_positions, "positions")
+    z = lens.probabilities[..., 0] if show == "top" or lens.target_probabilities is None else lens.target_probabilities
     fig = figure(
         title or _lens_finding(lens),
         "token read",
         "layer",
-        height=int(min(1200, 150 + 19 * n_layers)),
-        width=int(min(1400, 170 + 88 * n_positions)),
+        height=min(1200, 150 + 19 * len(rows)),
+        width=max(480, min(1400, 170 + 88 * len(columns))),
     )
     fig.add_trace(
         go.Heatmap(
-            z=z.tolist(),
+            z=z[rows][:, columns].tolist(),
             zmin=0,
             zmax=1,
             colorscale=SEQUENTIAL,
             colorbar={"title": "p" if show == "top" else f"p({token(lens.target or '')})"},
-            text=[[token(lens.names[int(i)])[:24] for i in row] for row in lens.top[..., 0]],
+            text=[[token(lens.names[int(i)])[:24] for i in row] for row in lens.top[rows][:, columns, 0]],
             texttemplate="%{text}",
             textfont={"size": 10},
-            customdata=[[_cell(lens, layer, at) for at in range(n_positions)] for layer in range(n_layers)],
-            hovertemplate="layer %{y}, after %{x}<br>%{customdata}<extra></extra>",
+            customdata=[[_cell(lens, layer, at) for at in columns] for layer in rows],
+            hovertemplate="%{customdata}<extra></extra>",
             xgap=1,
             ygap=1,
         )
     )
-    fig.update_xaxes(tickvals=list(range(n_positions)), ticktext=[token(t) for t in lens.tokens], showgrid=False, tickangle=-40)
-    return fig.update_yaxes(showgrid=False, dtick=max(1, n_layers // 10))
+    read = [token(lens.tokens[at]) for at in columns]
+    fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=read, showgrid=False, tickangle=-40)
+    every = max(1, len(rows) // 10)
+    return fig.update_yaxes(showgrid=False, tickvals=list(range(0, len(rows), every)), ticktext=[str(r) for r in rows][::every])
 
 
 def hidden_shift(shift: HiddenShift, title: str | None = None) -> go.Figure:
@@ -165,7 +179,12 @@ def hidden_shift(shift: HiddenShift, title: str | None = None) -> go.Figure:
                 y=own.pc2.tolist(),
                 mode="markers",
                 name=_round(t),
-                marker={"color": COLORS[number % len(COLORS)], "size": 7 if number else 9, "symbol": "circle" if number else "circle-open"},
+                marker={
+                    "color": COLORS[number % len(COLORS)],
+                    "size": 7 if number else 9,
+                    "symbol": "circle" if number else "circle-open",
+                    "line": {"width": 1.5},
+                },
                 customdata=[[plain(p), m, r] for p, m, r in zip(own.prompt, own.moved, own.relative, strict=True)],
                 hovertemplate="%{customdata[0]}<br>"
                 f"{_round(t)}: moved %{{customdata[1]:.4g}}, %{{customdata[2]:.3%}} of ‖h‖<extra></extra>",
@@ -173,6 +192,13 @@ def hidden_shift(shift: HiddenShift, title: str | None = None) -> go.Figure:
         )
     fig.update_yaxes(scaleanchor="x", scaleratio=1)
     return fig.update_layout(legend={"x": 1.01, "xanchor": "left", "y": 1})
+
+
+def _places(chosen: Sequence[int] | None, size: int, name: str) -> list[int]:
+    places = list(range(size) if chosen is None else chosen)
+    if not places or not all(-size <= place < size for place in places):
+        raise SettingError(f"{name}={chosen!r}: there are {size}, numbered from 0.")
+    return [place % size for place in places]
 
 
 def _said(probe: PromptProbe, round: int) -> str:
@@ -192,7 +218,7 @@ def _lens_finding(lens: LogitLens) -> str:
 
 def _cell(lens: LogitLens, layer: int, at: int) -> str:
     pairs = zip(lens.top[layer, at].tolist(), lens.probabilities[layer, at].tolist(), strict=True)
-    lines = [f"{token(lens.names[i])} {p:.4f}" for i, p in pairs]
+    lines = [f"layer {layer}, after {token(lens.tokens[at])}", *(f"{token(lens.names[i])} {p:.4f}" for i, p in pairs)]
     if lens.target_probabilities is not None and lens.target_ranks is not None:
         lines.append(
             f"{token(lens.target or '')} {float(lens.target_probabilities[layer, at]):.4f}, rank {int(lens.target_ranks[layer, at])}"

@@ -33,7 +33,7 @@ def residuals(source: EditRound | EditSession | pd.DataFrame, title: str | None 
     several = table["round"].nunique() > 1
     first, last = table[table.step == 0].residual.mean(), table[table.fate == _END].residual.mean()
     found = f"Mean distance to the target value: {first:.1f} → {last:.2f}"
-    fig = figure(title or found, "before updating layer", "‖z − h‖ at the last edited layer", margin_t=34)
+    fig = figure(title or found, "before updating layer", "‖z − h‖ at the last edited layer", above=20)
     labels: list[str] = []
     ends: list[int] = []
     for number, (at, group) in enumerate(table.groupby("round", sort=True)):
@@ -129,9 +129,11 @@ def layer_contributions(source: EditRound | EditSession | pd.DataFrame, title: s
     layers = sorted(table.layer.unique())
     means = table.groupby(["pass", "layer"]).closed.describe(percentiles=[0.1, 0.9])[["mean", "10%", "90%"]].reset_index()
     best = means.sort_values("mean").iloc[-1]
+    every = _table(source).sort_values("step").groupby(["round", "fact"]).residual
+    left = (every.last() / every.first()).mean()
     closes = f"layer {best.layer:.0f} in pass {best['pass'] + 1:.0f} closes most, {best['mean']:.0f} %"
     fig = figure(
-        title or f"{means['mean'].sum():.0f} % of the distance closed; {closes}", "layer updated", "closed, percent of ‖z − h‖ at the start"
+        title or f"{100 * (1 - left):.0f} % of the distance closed; {closes}", "layer updated", "closed, percent of ‖z − h‖ at the start"
     )
     for number, (_, own) in enumerate(means.groupby("pass")):
         rows, name = own.set_index("layer").reindex(layers), f"pass {number + 1}"

@@ -8,7 +8,7 @@ import re
 import plotly.graph_objects as go
 
 from nse_tools.errors import SettingError
-from nse_tools.plots.theme import wrapped
+from nse_tools.plots.theme import TITLE, titled, wrapped
 
 PIXELS = {"px": 1.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4, "pt": 96 / 72}
 """CSS pixels in a unit of length."""
@@ -17,6 +17,16 @@ COLUMN = "8.5cm"
 _NARROW = 520
 _PANEL = 260
 _LEGEND_ROW = 20
+_PRINTED_TITLE = 11
+_UNDER = {
+    "orientation": "h",
+    "x": 0,
+    "xref": "container",
+    "xanchor": "left",
+    "y": 0,
+    "yref": "container",
+    "yanchor": "bottom",
+}
 
 
 def at_width(fig: go.Figure, width: float | str, height: float | str | None = None) -> go.Figure:
@@ -44,12 +54,16 @@ def at_width(fig: go.Figure, width: float | str, height: float | str | None = No
     before = copy.layout.width or 720
     narrow = wide < _NARROW
     stacked = _stack(copy) if narrow or wide < _PANEL * _n_panels(copy) else 1
-    shrunk = tall * min(1.0, (wide * stacked / before) ** 0.7) if stacked == 1 else stacked * max(190.0, 0.62 * wide) + 60
-    copy.update_layout(width=round(wide), height=round(pixels(height) if height is not None else max(200.0, shrunk)))
-    if copy.layout.title.text:
-        text = html.unescape(copy.layout.title.text.replace("<br>", " "))
-        copy.update_layout(title_text=wrapped(text, int(wide), 11 if narrow else 15))
-    return _printed(copy) if narrow else copy
+    if height is not None:
+        new = pixels(height)
+    elif stacked > 1:
+        new = stacked * max(190.0, 0.62 * wide, 0.48 * tall) + 60
+    else:
+        new = max(200.0, tall * min(1.0, (wide / before) ** 0.7))
+    copy.update_layout(width=round(wide), height=round(new))
+    if narrow:
+        _print(copy, grow=height is None)
+    return titled(copy, _unwrapped(copy.layout.title.text), _PRINTED_TITLE if narrow else TITLE)
 
 
 def pixels(length: float | str) -> float:
@@ -66,34 +80,36 @@ def pixels(length: float | str) -> float:
     return float(found[1]) * PIXELS[found[2] or "px"]
 
 
-def _printed(fig: go.Figure) -> go.Figure:
-    fig.update_layout(font_size=10, title_font_size=11, title_pad={"l": 6, "t": 6, "b": 6}, margin={"l": 38, "r": 10, "b": 22})
-    fig.update_layout(height=fig.layout.height + _LEGEND_ROW * -(-_n_named(fig) // 2))
-    fig.update_layout(legend=_UNDER | {"font_size": 9})
+def _print(fig: go.Figure, grow: bool) -> None:
+    """Give a figure the small type of a printed column; with ``grow`` the legend's rows come on top of the height."""
+    fig.update_layout(font_size=10, title_font_size=_PRINTED_TITLE, title_pad={"l": 6, "t": 6}, margin={"l": 38, "r": 10, "b": 22})
+    names = [_unwrapped(trace.name) for trace in fig.data if trace.showlegend is not False and trace.name]
+    if len(fig.data) > 1 and fig.layout.showlegend is not False:
+        fig.update_layout(legend=_UNDER | {"font_size": 9, "itemwidth": 30})
+        per_row = max(1, int(fig.layout.width // (62 + 4.6 * max(map(len, names), default=1))))
+        if grow:
+            fig.update_layout(height=fig.layout.height + _LEGEND_ROW * -(-len(names) // per_row))
     fig.update_annotations(font_size=9.5)
-    fig.for_each_xaxis(lambda axis: axis.update(title_font_size=10, tickfont_size=9, title_standoff=4, ticklen=3))
-    fig.for_each_yaxis(lambda axis: axis.update(title_font_size=10, tickfont_size=9, title_standoff=4, ticklen=3))
-    fig.update_traces(textfont_size=8, selector={"type": "heatmap"})
-    fig.update_traces(colorbar={"thickness": 8, "tickfont": {"size": 8}, "title": {"font": {"size": 9}}}, selector={"type": "heatmap"})
+    for axis in (*fig.select_xaxes(), *fig.select_yaxes()):
+        axis.update(title_font_size=10, tickfont_size=9, title_standoff=4, ticklen=3)
+        if axis.title.text:
+            axis.update(title_text=wrapped(_unwrapped(axis.title.text), 0.85 * fig.layout.width, 10))
+    fig.for_each_trace(lambda trace: _print_cells(fig, trace), selector={"type": "heatmap"})
     fig.for_each_trace(_thinner, selector={"type": "scatter"})
-    return fig
 
 
-def _n_named(fig: go.Figure) -> int:
-    """Return how many entries the legend has; a figure of one trace has none."""
-    named = sum(trace.showlegend is not False and bool(trace.name) for trace in fig.data)
-    return named if len(fig.data) > 1 and fig.layout.showlegend is not False else 0
+def _print_cells(fig: go.Figure, trace: go.Heatmap) -> None:
+    """Make a heat map's type small; what is written into cells that are too small for it is left to the hover."""
+    trace.update(colorbar={"thickness": 8, "tickfont": {"size": 8}, "title": {"font": {"size": 9}}})
+    if trace.texttemplate:
+        rows, columns = len(trace.z), len(trace.z[0])
+        longest = max((len(str(t)) for row in trace.text for t in row), default=1) if trace.text is not None else 4
+        fits = columns * longest * 4.4 < 0.62 * fig.layout.width and rows * 9 < 0.72 * fig.layout.height
+        trace.update(texttemplate=trace.texttemplate if fits else None, textfont_size=8)
 
 
-_UNDER = {
-    "orientation": "h",
-    "x": 0,
-    "xref": "container",
-    "xanchor": "left",
-    "y": 0,
-    "yref": "container",
-    "yanchor": "bottom",
-}
+def _unwrapped(text: str | None) -> str:
+    return html.unescape((text or "").replace("<br>", " "))
 
 
 def _thinner(trace: go.Scatter) -> None:

@@ -14,10 +14,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#99
 """Okabe and Ito's colours, which people with any colour vision can tell apart."""
 SEQUENTIAL = "Cividis"
 DIVERGING = "RdBu_r"
-MEAN, EACH = COLORS[1], "rgba(0, 114, 178, 0.25)"
+MEAN, EACH = COLORS[1], "rgba(60, 145, 205, 0.45)"
 GUIDE = "#888888"
 """Lines that mark a limit or a border: visible on white and on black."""
 DASHES = ("solid", "dash", "dot", "dashdot")
+TITLE = 15
+"""Size of a title's font, pixels."""
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down", "pentagon")
 
 
@@ -41,21 +43,23 @@ def _template(paper: str, ink: str, grid: str) -> go.layout.Template:
             "x": 0,
             "xref": "container",
             "xanchor": "left",
-            "pad": {"l": 14, "t": 14, "b": 10},
+            "pad": {"l": 14, "t": 14},
             "y": 1,
             "yref": "container",
             "yanchor": "top",
-            "automargin": True,
-            "font": {"size": 15},
+            "font": {"size": TITLE},
         },
-        "margin": {"l": 60, "r": 24, "t": 14, "b": 40},
+        "margin": {"l": 60, "r": 24, "t": 48, "b": 40},
         "xaxis": axis,
         "yaxis": axis,
         "legend": {"bgcolor": "rgba(0,0,0,0)"},
         "hoverlabel": {"font": {"family": "Menlo, Consolas, monospace"}},
         "hovermode": "closest",
     }
-    return go.layout.Template(layout=layout, data={"heatmap": [{"colorbar": {"outlinewidth": 0, "thickness": 14, "tickcolor": GUIDE}}]})
+    return go.layout.Template(
+        layout=layout,
+        data={"heatmap": [{"colorbar": {"outlinewidth": 0, "thickness": 14, "tickcolor": GUIDE, "title": {"font": {"size": 13}}}}]},
+    )
 
 
 TEMPLATE = _template("white", "#333333", "rgba(128,128,128,0.25)")
@@ -63,23 +67,31 @@ DARK = _template("#111111", "#dddddd", "rgba(160,160,160,0.22)")
 """The same on the black of dark JupyterLab; :func:`dark` puts it on."""
 
 
-def figure(title: str, x: str, y: str, **layout: object) -> go.Figure:
-    """Return an empty figure in the house's look; title and axis titles are taken as plain text."""
+def figure(title: str, x: str, y: str, *, above: int = 0, **layout: Any) -> go.Figure:
+    """Return an empty figure in the house's look; title and axis titles are taken as plain text.
+
+    ``above`` is room, in pixels, for what is written between title and plot.
+    """
     fig = go.Figure()
-    wide: dict[str, Any] = {"width": 720, "height": 430} | layout
-    fig.update_layout({"template": TEMPLATE, "title_text": wrapped(title, wide["width"])} | wide)
+    fig.update_layout({"template": TEMPLATE, "width": 720, "height": 430, "meta": {"panels": 1, "above": above}} | layout)
     fig.update_xaxes(title_text=plain(x))
     fig.update_yaxes(title_text=plain(y))
-    return fig
+    return titled(fig, title)
 
 
 def panels(title: str, names: Sequence[str], *, width: int = 1100, height: int = 430, gap: float = 0.1) -> go.Figure:
     """Return an empty figure of several panels side by side, each with its name above; narrow layouts stack them."""
     fig = make_subplots(cols=len(names), horizontal_spacing=gap, subplot_titles=[plain(n) for n in names])
-    fig.update_layout(template=TEMPLATE, title_text=wrapped(title, width), width=width, height=height, margin_t=44)
-    fig.update_layout(meta={"panels": len(names)})
+    fig.update_layout(template=TEMPLATE, width=width, height=height, meta={"panels": len(names), "above": 22})
     fig.update_annotations(font_size=13)
-    return fig
+    return titled(fig, title)
+
+
+def titled(fig: go.Figure, title: str, size: float = TITLE) -> go.Figure:
+    """Give a figure a title (plain text), broken into lines that fit its width, and the room they need."""
+    lines = wrapped(title, fig.layout.width, size)
+    room = 2 * size + 1.3 * size * lines.count("<br>") + 0.6 * size if lines else size
+    return fig.update_layout(title_text=lines, margin_t=round(room + (fig.layout.meta or {}).get("above", 0)))
 
 
 def dark(fig: go.Figure) -> go.Figure:
@@ -111,7 +123,7 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
-def wrapped(text: object, width: int, size: float = 15) -> str:
+def wrapped(text: object, width: float, size: float = TITLE) -> str:
     """Escape a title and break it into lines that fit a figure of ``width`` pixels at a font size."""
     columns = max(16, int((width - 30) / (0.54 * size)))
     return "<br>".join(plain(line) for line in textwrap.wrap(str(text), columns)) or ""

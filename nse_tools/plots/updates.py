@@ -31,7 +31,7 @@ def update_norms(spectra: UpdateSpectra, title: str | None = None) -> go.Figure:
     moved = f"layer {end.layer:.0f} has moved furthest, {end.relative_change:.1%}"
     found = f"After {spectra.n_rounds} rounds {moved}; ‖W‖ grew by {growth:.1%} at most"
     fig = panels(
-        title or found, ["each round's update", "moved since the start", "growth of the weights"], width=1180, height=410, gap=0.09
+        title or found, ["each round's update", "moved since the start", "growth of the weights"], width=1180, height=410, gap=0.13
     )
     measures = (("relative", "‖ΔW‖ / ‖W₀‖"), ("relative_change", "‖W − W₀‖ / ‖W₀‖"), ("norm_ratio", "‖W‖ / ‖W₀‖"))
     for col, (column, name) in enumerate(measures, start=1):
