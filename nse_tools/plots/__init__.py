@@ -6,6 +6,7 @@ from nse_tools.plots.exporting import export, export_all
 from nse_tools.plots.forgetting import forgetting_cohorts, forgetting_curve, forgetting_matrix, retention
 from nse_tools.plots.lost import lost_facts
 from nse_tools.plots.neurons import neuron_card, neuron_map, neuron_overlap, neuron_scores, neuron_usage
+from nse_tools.plots.performance import round_seconds, search_speed
 from nse_tools.plots.probing import hidden_shift, logit_lens, next_tokens, prompt_rounds
 from nse_tools.plots.residuals import layer_contributions, residual_map, residuals, skipped_facts
 from nse_tools.plots.scores import scores
@@ -42,7 +43,9 @@ __all__ = [
     "residual_map",
     "residuals",
     "retention",
+    "round_seconds",
     "scores",
+    "search_speed",
     "skipped_facts",
     "update_directions",
     "update_norms",

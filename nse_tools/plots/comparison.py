@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 _NAMES = {"score": "Score", "efficacy_accuracy": "accuracy on rewrites"}
 
 
-def comparison_curve(comparison: Comparison, measure: str = "score", facts_of: int | None = None, title: str | None = None) -> go.Figure:
+def comparison_curve(
+    comparison: Comparison | pd.DataFrame, measure: str = "score", facts_of: int | None = None, title: str | None = None
+) -> go.Figure:
     """Draw a measure against the number of edits: a line a method (mean over seeds), a band from the lowest seed to the highest.
 
     Perplexity has a logarithmic axis and starts at the unedited model; of other measures round 0 is left out.
 
     Parameters
     ----------
-    comparison : Comparison
-        What :func:`nse_tools.compare` returned.
+    comparison : Comparison or DataFrame
+        What :func:`nse_tools.compare` returned, or what its :meth:`Comparison.curve` returned for this measure.
     measure : str
         As in :meth:`Comparison.curve`.
     facts_of : int, optional
@@ -32,7 +34,8 @@ def comparison_curve(comparison: Comparison, measure: str = "score", facts_of: i
     title : str, optional
         Instead of the finding.
     """
-    table = over_seeds(comparison.curve(measure, facts_of), with_unedited=measure == "perplexity")
+    curve = comparison if isinstance(comparison, pd.DataFrame) else comparison.curve(measure, facts_of)
+    table = over_seeds(curve, with_unedited=measure == "perplexity")
     name, of = _NAMES.get(measure, measure.replace("_", " ")), "" if facts_of is None else f", facts of round {facts_of}"
     ends = table.groupby("method", sort=False).tail(1)
     found = ", ".join(f"{method} {value:.1f}" for method, value in zip(ends.method, ends["mean"], strict=True))

@@ -33,7 +33,7 @@ def forgetting_matrix(matrix: ForgettingMatrix, title: str | None = None) -> go.
     show_text = matrix.n_rounds <= 15
     fig.add_trace(
         go.Heatmap(
-            z=matrix.values,
+            z=matrix.values.tolist(),
             x=numbers,
             y=numbers,
             zmin=0,
@@ -103,8 +103,9 @@ def forgetting_cohorts(matrix: ForgettingMatrix, title: str | None = None) -> go
         Instead of the finding.
     """
     last = matrix.values[-1]
-    worst = int(np.nanargmin(last))
-    found = f"{_name(matrix.measure)} after round {matrix.n_rounds}: round {worst + 1}'s facts lowest, {last[worst]:.1f} %"
+    worst, best = int(np.nanargmin(last)), int(np.nanargmax(last))
+    spread = f"{last[worst]:.1f} % of round {worst + 1}'s facts to {last[best]:.1f} % of round {best + 1}'s"
+    found = f"{_name(matrix.measure)} after round {matrix.n_rounds}: {spread if worst != best else f'{last[best]:.1f} % of all facts'}"
     fig = figure(title or found, "after round t", f"{_name(matrix.measure)} (percent)")
     for s in range(matrix.n_rounds):
         look = style(s)
@@ -132,7 +133,7 @@ def forgetting_cohorts(matrix: ForgettingMatrix, title: str | None = None) -> go
     )
     fig.update_yaxes(range=[0, 103])
     fig.update_xaxes(range=[0.7, matrix.n_rounds + 0.3], dtick=1 if matrix.n_rounds <= 20 else None)
-    return fig.update_layout(legend={"title_text": "facts of", "x": 1.01, "xanchor": "left", "y": 1})
+    return fig.update_layout(legend={"title": {"text": "facts of", "font": {"size": 12}}, "x": 1.01, "xanchor": "left", "y": 1})
 
 
 def retention(retained: Retention | Mapping[str, Retention], title: str | None = None) -> go.Figure:

@@ -84,5 +84,5 @@ def _finding(lost: LostFacts, table: pd.DataFrame) -> str:
     said = f"{lost.n_lost} of {len(lost.facts)} facts lost"
     if {"lost", "kept"} <= set(means.index):
         gone, kept = means.loc["lost"], means.loc["kept"]
-        said += f"; push at their keys {gone.push:.2f} (kept {kept.push:.2f}), cosine {gone.cosine:.2f} (kept {kept.cosine:.2f})"
+        said += f"; push at their keys {gone.push:.2g} (kept {kept.push:.2g}), cosine {gone.cosine:.2f} (kept {kept.cosine:.2f})"
     return said

@@ -72,7 +72,9 @@ def neuron_map(sets: NeuronMap, title: str | None = None) -> go.Figure:
     neurons, n = counts.index.tolist(), len(sets.labels)
     everywhere, once = int((counts == n).sum()), int((counts == 1).sum())
     found = f"Layer {sets.layer}: of {len(neurons)} neurons, {everywhere} are in all {n} sets and {once} in one only"
-    fig = figure(title or found, f"the {len(neurons)} neurons in any set, in how many sets first", "", width=820, height=_tall(n))
+    fig = figure(
+        title or found, f"the {len(neurons)} neurons in any set, in how many sets first", "", width=820, height=_tall(n), tall=True
+    )
     fig.add_trace(
         go.Heatmap(
             z=sets.selected[:, neurons].long().tolist(),
@@ -107,10 +109,10 @@ def neuron_overlap(sets: NeuronMap, title: str | None = None) -> go.Figure:
         mean, chance = mean_overlap(sets)
         found = f"Layer {sets.layer}: {sets.by}s share {mean:.2f} of their neurons on average; random sets would {chance:.2f}"
     size = _tall(n) + 40
-    fig = figure(title or found, "", "", width=max(520, size + 160), height=size)
+    fig = figure(title or found, "", "", width=max(520, size + 160), height=size, tall=n > 12)
     fig.add_trace(
         go.Heatmap(
-            z=table.to_numpy(),
+            z=table.to_numpy().tolist(),
             x=list(range(n)),
             y=list(range(n)),
             zmin=0,
@@ -207,7 +209,7 @@ def neuron_card(card: NeuronCard, title: str | None = None, facts: int = 15) -> 
         f"cosine with what it was {last.cosine:.2f}"
     )
     names = ["activation on the facts", "tokens its column promotes", "its column, round by round"]
-    fig = panels(title or found, names, width=1240, height=max(470, 150 + 15 * len(card.tokens)), gap=0.13)
+    fig = panels(title or found, names, width=1240, height=max(470, 190 + 17 * len(card.tokens)), gap=0.13, tall=True)
     _add_activations(fig, card, card.to_frame().head(facts))
     _add_tokens(fig, card.tokens)
     _add_history(fig, card.history)
@@ -270,7 +272,8 @@ def _add_tokens(fig: go.Figure, table: pd.DataFrame) -> None:
             col=2,
         )
     fig.add_vline(x=0, line={"color": GUIDE, "width": 1}, row=1, col=2)
-    fig.update_yaxes(tickvals=places, ticktext=[token(t) for t in table.token], autorange="reversed", showgrid=False, row=1, col=2)
+    fig.update_yaxes(tickvals=places, ticktext=[token(t) for t in table.token], tickfont_size=11, row=1, col=2)
+    fig.update_yaxes(autorange="reversed", showgrid=False, row=1, col=2)
     fig.update_xaxes(title_text="logit", row=1, col=2)
 
 

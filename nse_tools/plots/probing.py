@@ -36,7 +36,7 @@ def next_tokens(probe: PromptProbe, before: int | None = None, after: int | None
     rows = [probe.row(t) for t in pair]
     found = f"“{probe.prompt}”: {_said(probe, pair[0])} → {_said(probe, pair[1])}"
     order = probe.probabilities[rows].max(0).values.argsort(descending=True).tolist()
-    fig = figure(title or found, "probability of the next token", "", height=150 + 32 * len(order))
+    fig = figure(title or found, "probability of the next token", "", height=150 + 32 * len(order), tall=True)
     names = [token(probe.tokens[i]) for i in order]
     for t, row, color in zip(pair, rows, (COLORS[5], COLORS[1]), strict=True):
         fig.add_trace(
@@ -129,6 +129,7 @@ def logit_lens(
         "layer",
         height=min(1200, 150 + 19 * len(rows)),
         width=max(480, min(1400, 170 + 88 * len(columns))),
+        tall=True,
     )
     fig.add_trace(
         go.Heatmap(
@@ -183,7 +184,7 @@ def hidden_shift(shift: HiddenShift, title: str | None = None) -> go.Figure:
                     "color": COLORS[number % len(COLORS)],
                     "size": 7 if number else 9,
                     "symbol": "circle" if number else "circle-open",
-                    "line": {"width": 1.5},
+                    "line": {"width": 0 if number else 1.5},
                 },
                 customdata=[[plain(p), m, r] for p, m, r in zip(own.prompt, own.moved, own.relative, strict=True)],
                 hovertemplate="%{customdata[0]}<br>"

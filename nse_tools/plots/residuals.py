@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, SEQUENTIAL, fact_texts, figure, plain, short
+from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, SEQUENTIAL, UNDER, fact_texts, figure, plain, short
 
 if TYPE_CHECKING:
     from nse_tools.editing import EditRound, EditSession
@@ -33,7 +33,7 @@ def residuals(source: EditRound | EditSession | pd.DataFrame, title: str | None 
     several = table["round"].nunique() > 1
     first, last = table[table.step == 0].residual.mean(), table[table.fate == _END].residual.mean()
     found = f"Mean distance to the target value: {first:.1f} → {last:.2f}"
-    fig = figure(title or found, "before updating layer", "‖z − h‖ at the last edited layer", above=20)
+    fig = figure(title or found, "before updating layer", "‖z − h‖ at the last edited layer", above=20, height=460)
     labels: list[str] = []
     ends: list[int] = []
     for number, (at, group) in enumerate(table.groupby("round", sort=True)):
@@ -47,7 +47,7 @@ def residuals(source: EditRound | EditSession | pd.DataFrame, title: str | None 
     _add_bounds(fig, source, table)
     fig.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, tickangle=0 if len(labels) <= 16 else -90)
     fig.update_yaxes(rangemode="tozero")
-    fig.update_layout(width=max(720, min(1400, 22 * len(labels))), legend={"x": 0.99, "xanchor": "right", "y": 0.98})
+    fig.update_layout(width=max(720, min(1400, 22 * len(labels))), legend=UNDER)
     return fig
 
 
@@ -83,12 +83,13 @@ def residual_map(source: EditRound | EditSession | pd.DataFrame, title: str | No
         "",
         height=int(np.clip(150 + 24 * len(order), 260, 1100)),
         width=820,
+        tall=True,
     )
     several = table["round"].nunique() > 1
     scale = np.log10(np.maximum(z, 1e-12))
     fig.add_trace(
         go.Heatmap(
-            z=scale,
+            z=scale.tolist(),
             x=list(range(len(labels))),
             y=list(range(len(order))),
             colorscale=SEQUENTIAL,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import math
 import re
+from typing import Any
 
 import plotly.graph_objects as go
 
 from nse_tools.errors import SettingError
-from nse_tools.plots.theme import TITLE, titled, wrapped
+from nse_tools.plots.theme import TITLE, UNDER, titled, wrapped
 
 PIXELS = {"px": 1.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4, "pt": 96 / 72}
 """CSS pixels in a unit of length."""
@@ -18,15 +20,6 @@ _NARROW = 520
 _PANEL = 260
 _LEGEND_ROW = 20
 _PRINTED_TITLE = 11
-_UNDER = {
-    "orientation": "h",
-    "x": 0,
-    "xref": "container",
-    "xanchor": "left",
-    "y": 0,
-    "yref": "container",
-    "yanchor": "bottom",
-}
 
 
 def at_width(fig: go.Figure, width: float | str, height: float | str | None = None) -> go.Figure:
@@ -53,11 +46,13 @@ def at_width(fig: go.Figure, width: float | str, height: float | str | None = No
     wide, tall = pixels(width), copy.layout.height or 430
     before = copy.layout.width or 720
     narrow = wide < _NARROW
-    stacked = _stack(copy) if narrow or wide < _PANEL * _n_panels(copy) else 1
+    stacked = _stack(copy) if narrow or wide < _PANEL * _meta(copy, "panels", 1) else 1
     if height is not None:
         new = pixels(height)
     elif stacked > 1:
-        new = stacked * max(190.0, 0.62 * wide, 0.48 * tall) + 60
+        new = stacked * max(190.0, 0.62 * wide, 0.7 * tall if _meta(copy, "tall", False) else 0.0) + 60
+    elif _meta(copy, "tall", False):
+        new = tall * (0.8 if narrow else 1.0)
     else:
         new = max(200.0, tall * min(1.0, (wide / before) ** 0.7))
     copy.update_layout(width=round(wide), height=round(new))
@@ -82,20 +77,32 @@ def pixels(length: float | str) -> float:
 
 def _print(fig: go.Figure, grow: bool) -> None:
     """Give a figure the small type of a printed column; with ``grow`` the legend's rows come on top of the height."""
-    fig.update_layout(font_size=10, title_font_size=_PRINTED_TITLE, title_pad={"l": 6, "t": 6}, margin={"l": 38, "r": 10, "b": 22})
+    fig.update_layout(font_size=10, margin={"l": 38, "r": 10, "b": 22})
     names = [_unwrapped(trace.name) for trace in fig.data if trace.showlegend is not False and trace.name]
     if len(fig.data) > 1 and fig.layout.showlegend is not False:
-        fig.update_layout(legend=_UNDER | {"font_size": 9, "itemwidth": 30})
-        per_row = max(1, int(fig.layout.width // (62 + 4.6 * max(map(len, names), default=1))))
+        fig.update_layout(legend=UNDER | {"font_size": 9, "itemwidth": 30, "tracegroupgap": 0})
+        labels = max((len(_unwrapped(t)) for axis in fig.select_yaxes() for t in axis.ticktext or ()), default=0)
+        plot = fig.layout.width - 50 - 4.6 * labels
+        per_row = max(1, int(plot // (62 + 4.6 * max(map(len, names), default=1))))
         if grow:
             fig.update_layout(height=fig.layout.height + _LEGEND_ROW * -(-len(names) // per_row))
     fig.update_annotations(font_size=9.5)
-    for axis in (*fig.select_xaxes(), *fig.select_yaxes()):
-        axis.update(title_font_size=10, tickfont_size=9, title_standoff=4, ticklen=3)
-        if axis.title.text:
-            axis.update(title_text=wrapped(_unwrapped(axis.title.text), 0.85 * fig.layout.width, 10))
+    panels = _meta(fig, "panels", 1)
+    for axes, room in ((fig.select_xaxes(), 0.85 * fig.layout.width), (fig.select_yaxes(), 0.7 * fig.layout.height / panels)):
+        for axis in axes:
+            _print_axis(axis, room)
     fig.for_each_trace(lambda trace: _print_cells(fig, trace), selector={"type": "heatmap"})
     fig.for_each_trace(_thinner, selector={"type": "scatter"})
+
+
+def _print_axis(axis: Any, room: float) -> None:
+    """Make an axis's type small, break its title and leave tick labels out so that they fit into ``room`` pixels."""
+    axis.update(title_font_size=10, tickfont_size=9, title_standoff=4, ticklen=3)
+    if axis.title.text:
+        axis.update(title_text=wrapped(_unwrapped(axis.title.text), room, 10))
+    if axis.ticktext:
+        every = math.ceil(11 * len(axis.ticktext) / room)
+        axis.update(ticktext=axis.ticktext[::every], tickvals=axis.tickvals[::every])
 
 
 def _print_cells(fig: go.Figure, trace: go.Heatmap) -> None:
@@ -119,13 +126,13 @@ def _thinner(trace: go.Scatter) -> None:
         trace.update(marker_size=trace.marker.size * 0.7)
 
 
-def _n_panels(fig: go.Figure) -> int:
-    return int((fig.layout.meta or {}).get("panels", 1))
+def _meta(fig: go.Figure, name: str, default: int) -> int:
+    return int((fig.layout.meta or {}).get(name, default))
 
 
 def _stack(fig: go.Figure) -> int:
     """Put panels that stand side by side one under the other; return their number."""
-    n = _n_panels(fig)
+    n = _meta(fig, "panels", 1)
     if n == 1:
         return 1
     gap = 0.34 / n

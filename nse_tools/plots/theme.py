@@ -14,10 +14,20 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#99
 """Okabe and Ito's colours, which people with any colour vision can tell apart."""
 SEQUENTIAL = "Cividis"
 DIVERGING = "RdBu_r"
-MEAN, EACH = COLORS[1], "rgba(60, 145, 205, 0.45)"
+MEAN, EACH = COLORS[1], "rgba(75, 165, 225, 0.6)"
 GUIDE = "#888888"
 """Lines that mark a limit or a border: visible on white and on black."""
 DASHES = ("solid", "dash", "dot", "dashdot")
+UNDER = {
+    "orientation": "h",
+    "x": 0,
+    "xref": "container",
+    "xanchor": "left",
+    "y": 0,
+    "yref": "container",
+    "yanchor": "bottom",
+}
+"""A legend below the plot, in rows."""
 TITLE = 15
 """Size of a title's font, pixels."""
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down", "pentagon")
@@ -67,22 +77,23 @@ DARK = _template("#111111", "#dddddd", "rgba(160,160,160,0.22)")
 """The same on the black of dark JupyterLab; :func:`dark` puts it on."""
 
 
-def figure(title: str, x: str, y: str, *, above: int = 0, **layout: Any) -> go.Figure:
+def figure(title: str, x: str, y: str, *, above: int = 0, tall: bool = False, **layout: Any) -> go.Figure:
     """Return an empty figure in the house's look; title and axis titles are taken as plain text.
 
-    ``above`` is room, in pixels, for what is written between title and plot.
+    ``above`` is room, in pixels, for what is written between title and plot; a ``tall`` figure has a row for each of many labels,
+    and keeps its height where it gets narrower.
     """
     fig = go.Figure()
-    fig.update_layout({"template": TEMPLATE, "width": 720, "height": 430, "meta": {"panels": 1, "above": above}} | layout)
+    fig.update_layout({"template": TEMPLATE, "width": 720, "height": 430, "meta": {"panels": 1, "above": above, "tall": tall}} | layout)
     fig.update_xaxes(title_text=plain(x))
     fig.update_yaxes(title_text=plain(y))
     return titled(fig, title)
 
 
-def panels(title: str, names: Sequence[str], *, width: int = 1100, height: int = 430, gap: float = 0.1) -> go.Figure:
+def panels(title: str, names: Sequence[str], *, width: int = 1100, height: int = 430, gap: float = 0.1, tall: bool = False) -> go.Figure:
     """Return an empty figure of several panels side by side, each with its name above; narrow layouts stack them."""
     fig = make_subplots(cols=len(names), horizontal_spacing=gap, subplot_titles=[plain(n) for n in names])
-    fig.update_layout(template=TEMPLATE, width=width, height=height, meta={"panels": len(names), "above": 22})
+    fig.update_layout(template=TEMPLATE, width=width, height=height, meta={"panels": len(names), "above": 22, "tall": tall})
     fig.update_annotations(font_size=13)
     return titled(fig, title)
 
@@ -90,8 +101,11 @@ def panels(title: str, names: Sequence[str], *, width: int = 1100, height: int =
 def titled(fig: go.Figure, title: str, size: float = TITLE) -> go.Figure:
     """Give a figure a title (plain text), broken into lines that fit its width, and the room they need."""
     lines = wrapped(title, fig.layout.width, size)
-    room = 2 * size + 1.3 * size * lines.count("<br>") + 0.6 * size if lines else size
-    return fig.update_layout(title_text=lines, margin_t=round(room + (fig.layout.meta or {}).get("above", 0)))
+    more = 1.3 * size * lines.count("<br>")
+    room = 2.6 * size + more if lines else size
+    fig.update_layout(title_text=lines, margin_t=round(room + (fig.layout.meta or {}).get("above", 0)))
+    # plotly moves a title up by half of each further line
+    return fig.update_layout(title_font_size=size, title_pad={"l": round(0.9 * size), "t": round(0.9 * size + more / 2)})
 
 
 def dark(fig: go.Figure) -> go.Figure:
@@ -125,7 +139,7 @@ def plain(text: object) -> str:
 
 def wrapped(text: object, width: float, size: float = TITLE) -> str:
     """Escape a title and break it into lines that fit a figure of ``width`` pixels at a font size."""
-    columns = max(16, int((width - 30) / (0.54 * size)))
+    columns = max(14, int((width - 2 * size) / (0.51 * size)))
     return "<br>".join(plain(line) for line in textwrap.wrap(str(text), columns)) or ""
 
 

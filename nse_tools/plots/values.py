@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -63,7 +64,11 @@ def value_search(
     shown, texts = _chosen(table, highlight, "highlight"), fact_texts(values)
     by_fact = {str(fact): own for fact, own in table.groupby("fact", sort=False)}
     first, last = (sum(t[quantity].iloc[at] for t in by_fact.values()) / len(by_fact) for at in (0, -1))
-    fig = figure(title or f"{_LABELS[quantity]}: mean {first:.3g} → {last:.3g} over {len(by_fact)} facts", "step", _LABELS[quantity])
+    found = f"{_LABELS[quantity]}: mean {first:.3g} → {last:.3g} over {len(by_fact)} facts"
+    if quantity == "of_clamp":
+        reached = sum(own.of_clamp.iloc[-1] > 0.999 for own in by_fact.values())
+        found = f"{reached} of {len(by_fact)} facts end at the clamp; mean ‖δ‖ is {last:.0%} of it"
+    fig = figure(title or found, "step", _LABELS[quantity])
     for fact, own in sorted(by_fact.items(), key=lambda item: item[0] == shown):
         chosen = fact == shown
         fig.add_trace(
@@ -124,7 +129,9 @@ def value_parts(
                 hovertemplate=f"{name}, step %{{x}}: %{{y:.4g}}<extra></extra>",
             )
         )
-    fig.update_yaxes(rangemode="tozero")
+    # four decades: parts of a thousandth of the loss are seen, and zeros at the first step are left out
+    top = math.log10(max(own[list(_PARTS)].to_numpy().max(), 1e-12)) + 0.1
+    fig.update_yaxes(type="log", range=[top - 4.2, top], exponentformat="power", dtick=1)
     fig.update_layout(legend={"x": 0.99, "xanchor": "right", "y": 0.98})
     return fig
 
