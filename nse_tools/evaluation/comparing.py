@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 from nse_tools.editing import EditSession, Method, ValueCache, methods
 from nse_tools.errors import EditError, FactError, SettingError, StateError
 from nse_tools.evaluation.comparison import UNEDITED, Comparison
-from nse_tools.evaluation.comparison_store import Cell, ComparisonFolder, plain
+from nse_tools.evaluation.comparison_store import Cell, ComparisonFolder, plain, sketch
 from nse_tools.evaluation.forgetting import round_perplexity, round_scores
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
 from nse_tools.models.storage import digest_of_bytes
 from nse_tools.models.weights import bytes_of, changed_layers, checksum_of, digest_of
 from nse_tools.tracing.contexts import Contexts, sample_contexts
-from nse_tools.tracing.corpus import Corpus
+from nse_tools.tracing.corpus import Corpus, sample_corpus
 from nse_tools.tracing.moments import SecondMoments, second_moments
 
 _log = logging.getLogger(__name__)
@@ -204,15 +204,34 @@ class _Run:
             noted = store.inputs(seed) if store else None
             # contexts that finished cells were made with, even where sampling again would give others
             contexts = Contexts(tuple(noted["contexts"]), seed) if noted else sample_contexts(self.model, seed)
-            moments = second_moments(self.model, self.layers, self.corpus, seed=seed, progress=self.progress)
+            corpus = self._text(seed, noted) if store else self.corpus
+            moments = second_moments(self.model, self.layers, corpus, seed=seed, progress=self.progress)
             if store:
-                digests = {str(layer): digest_of_bytes(bytes_of(moments[layer])) for layer in self.layers}
-                about = {"n_tokens": moments.n_tokens, "source": moments.source}
-                store.note_inputs(seed, {"contexts": list(contexts.prefixes), **about, "facts": facts.ids, "moments": digests})
+                store.note_inputs(seed, {"contexts": list(contexts.prefixes), "facts": facts.ids, **self._noted(moments, corpus)})
             self._inputs = _Inputs(seed, facts, contexts, moments)
             if self.shuffle:  # other batches round in other ways: the same numbers whether or not cells were left out
                 self.unedited.clear()
         return self._inputs
+
+    def _text(self, seed: int, noted: Mapping[str, Any] | None) -> Corpus | None:
+        """Return the text for C: what was given, or what the folder's seed was begun with; sampled if it is begun now."""
+        if self.corpus is not None:
+            return self.corpus
+        if noted is None:
+            return sample_corpus(self.model, n_tokens=10 * self.model.d_ff, seed=seed, progress=self.progress)
+        if "text" not in noted:
+            return None
+        return Corpus(tuple(tuple(map(int, ids.split())) for ids in noted["text"]), noted["source"])
+
+    def _noted(self, moments: SecondMoments, text: Corpus | None) -> dict[str, Any]:
+        own = {} if self.corpus is not None or text is None else {"text": [" ".join(map(str, ids)) for ids in text.sequences]}
+        return {
+            "n_tokens": moments.n_tokens,
+            "source": moments.source,
+            **own,
+            "moments": {str(layer): digest_of_bytes(bytes_of(moments[layer])) for layer in self.layers},
+            "sketches": {str(layer): sketch(moments[layer]) for layer in self.layers},
+        }
 
     def cell(self, method: Method, inputs: _Inputs, bar: tqdm) -> Cell:
         """Run one method under one seed; the weights are put back, and that is checked."""

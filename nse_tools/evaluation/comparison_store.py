@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -11,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from nse_tools.editing import Method
 from nse_tools.errors import SettingError
 from nse_tools.models.storage import digest_of_bytes, write_durably, write_folder_durably
+
+_log = logging.getLogger(__name__)
 
 MANIFEST, ABOUT, SCORES, ROUNDS = "comparison.json", "cell.json", "scores.csv", "rounds.csv"
 RECORDED = ("methods", "model", "machine")
@@ -113,15 +119,21 @@ class ComparisonFolder:
         Raises
         ------
         SettingError
-            If C of a layer is not what cells of this seed were made with.
+            If C of a layer is not what cells of this seed were made with, up to the rounding of another machine.
         """
-        before = (self.inputs(seed) or {}).get("moments", {})
-        if differing := sorted(layer for layer in before.keys() & inputs["moments"].keys() if before[layer] != inputs["moments"][layer]):
+        there = self.inputs(seed) or {}
+        before, now = there.get("moments", {}), inputs["moments"]
+        changed = sorted(layer for layer in before.keys() & now.keys() if before[layer] != now[layer])
+        if differing := [layer for layer in changed if not _same_to_rounding(there, inputs, layer)]:
             raise SettingError(
                 f"seed {seed}: the key statistics C of layers {', '.join(differing)} are not those that the finished cells in {self.path} "
-                "were made with (another machine or thread count?). Go on where the comparison was begun, or give another folder."
+                "were made with (other text, or another model?). Go on with what the comparison was begun with, or give another folder."
             )
-        merged = {**inputs, "moments": {**before, **inputs["moments"]}}
+        if changed:
+            _log.warning("seed %d: C of layers %s is that of the finished cells to rounding only (another machine?)", seed, changed)
+        merged = {**there, **inputs}
+        for name in ("moments", "sketches"):
+            merged[name] = {**inputs.get(name, {}), **there.get(name, {})}
         write_durably(self.path / "seeds" / f"seed{seed}.json", _json(merged).encode())
 
     # ---- cells -------------------------------------------------------------------------------------------------------
@@ -184,6 +196,20 @@ def plain(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _defaults() -> dict[str, Any]:
     return plain({f.name: f.default for f in fields(Method) if f.default is not MISSING})
+
+
+def sketch(moments: Tensor) -> list[float]:
+    """Return some numbers that differ as much as two matrices do: rᵀ C r for eight random directions r, in units of key²."""
+    draw = torch.Generator().manual_seed(0)
+    directions = torch.randn(len(moments), 8, generator=draw, dtype=torch.float64)
+    directions /= directions.norm(dim=0)
+    return [float(x) for x in (directions * (moments.double() @ directions)).sum(dim=0)]
+
+
+def _same_to_rounding(there: Mapping[str, Any], now: Mapping[str, Any], layer: str) -> bool:
+    """Say whether C of a layer, which another machine rounds in another way, is the same otherwise."""
+    old, new = (noted.get("sketches", {}).get(layer) for noted in (there, now))
+    return old is not None and new is not None and all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(old, new, strict=True))
 
 
 def _read(place: Path) -> Cell:

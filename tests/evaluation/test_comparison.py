@@ -19,9 +19,9 @@ import torch
 from models_small import build
 from nse_tools.editing import EditSession, Method, ValueCache, methods
 from nse_tools.errors import FactError, SettingError, StateError
-from nse_tools.evaluation import Comparison, compare, forgetting_matrix, load_comparison, passages, session_scores
+from nse_tools.evaluation import Comparison, compare, comparing, forgetting_matrix, load_comparison, passages, session_scores
 from nse_tools.evaluation.comparing import rounds_to_test
-from nse_tools.evaluation.comparison_store import Cell
+from nse_tools.evaluation.comparison_store import Cell, sketch
 from nse_tools.facts import Fact, FactList
 from nse_tools.models.weights import digest_of
 from nse_tools.tracing import sample_contexts, second_moments
@@ -387,9 +387,37 @@ def test_other_key_statistics_than_those_of_finished_cells_are_refused(tmp_path:
     noted = tmp_path / "seeds" / "seed0.json"
     data = json.loads(noted.read_text())
     data["moments"]["2"] = "0" * 32
+    data["sketches"]["2"][3] *= 1.001
     noted.write_text(json.dumps(data))
     with pytest.raises(SettingError, match="seed 0: the key statistics C of layers 2"):
         run([NSE, MEMIT], folder=tmp_path)
+
+
+def test_a_comparison_goes_on_where_numbers_are_rounded_in_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run([MEMIT], folder=tmp_path)
+    noted = tmp_path / "seeds" / "seed0.json"
+    data = json.loads(noted.read_text())
+    data["moments"]["2"] = "0" * 32  # as if other bits had come out
+    noted.write_text(json.dumps(data))
+    monkeypatch.setattr(comparing, "sample_corpus", lambda *_, **__: pytest.fail("the text of the folder was not used"))
+    both = run([NSE, MEMIT], folder=tmp_path)
+    assert both.rounds.method.unique().tolist() == ["nse", "memit"]
+    assert "to rounding only" in caplog.text
+    assert json.loads(noted.read_text()) == data  # what the finished cells were made with stays noted
+
+
+def test_a_sketch_tells_matrices_apart() -> None:
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.randn(50, 20, generator=draw)
+    moments = keys.T @ keys / 50
+    expected = []
+    directions = torch.randn(20, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for column in directions.T:
+        unit = column / column.norm()
+        expected.append(sum(float(unit[i] * moments[i, j].double() * unit[j]) for i in range(20) for j in range(20)))
+    assert sketch(moments) == pytest.approx(expected, rel=1e-10)
 
 
 def test_noted_contexts_are_used_again(tmp_path: Path) -> None:
