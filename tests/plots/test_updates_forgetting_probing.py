@@ -82,7 +82,7 @@ def test_cohorts_are_the_columns_of_the_matrix() -> None:
 
 def test_retention_alone_and_side_by_side() -> None:
     found = retention(MATRIX)
-    one = plots.retention(found).to_plotly_json()
+    one = found.plot().to_plotly_json()
     assert [t["name"] for t in one["data"]] == ["after the last round", "right after their round"]
     assert list(one["data"][0]["y"]) == found.rounds.final.tolist()
     assert list(one["data"][1]["y"]) == found.rounds.fresh.tolist()
