@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from nse_tools.evaluation import Comparison
+    from nse_tools.facts import FactList
 
 app = typer.Typer(help="See and steer what a language model knows.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -63,7 +64,9 @@ _COMPARED = (
 )
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a hub id, a folder or a .gguf file.")]
-Facts = Annotated[str, typer.Option(help="'world', or a JSON file of CounterFact, zsRE or our own schema.")]
+Facts = Annotated[
+    str, typer.Option(help="'world' (facts the embedded model knows first), or a JSON file of CounterFact, zsRE or our own schema.")
+]
 
 
 @app.callback()
@@ -87,7 +90,6 @@ def demo(
 ) -> None:
     """Edit a model round after round; show and draw what was learned, kept and forgotten."""
     from nse_tools.editing import methods
-    from nse_tools.facts import known_facts, load_facts
     from nse_tools.figures import run_stream, save_stream
     from nse_tools.models import load_model
 
@@ -95,7 +97,7 @@ def demo(
     with _errors_in_one_line():
         if method not in makers:
             raise NSEError(f"--method {method}: expected one of {', '.join(makers)}.")
-        chosen = known_facts() if facts == "world" else load_facts(facts)
+        chosen = _stream(facts)
         wrapped = load_model(model)
         result = run_stream(wrapped, chosen[skip : skip + n], makers[method](), rounds_of=rounds_of, seed=seed)
         files = save_stream(result, out)
@@ -122,14 +124,13 @@ def compare(
     """Compare methods on the same facts, contexts and key statistics; table, CSV files and figures."""
     from nse_tools.editing import methods as known_methods
     from nse_tools.evaluation import compare
-    from nse_tools.facts import known_facts, load_facts
     from nse_tools.figures import save_comparison
     from nse_tools.models import load_model
 
     with _errors_in_one_line():
         settings = {"preset": None if preset == "none" else preset, **_settings(change or [])}
         chosen = [known_methods.get(name.strip(), **settings) for name in methods.split(",")]
-        stream = known_facts() if facts == "world" else load_facts(facts)
+        stream = _stream(facts)
         tested, numbers = _numbers("--test-at", test_at), _numbers("--seeds", seeds)
         result = compare(
             load_model(model),
@@ -176,6 +177,12 @@ def comparison_table(comparison: Comparison) -> Table:
     for row in shown.itertuples(index=False):
         table.add_row(*(escape(cell.replace(" ± ", "±")) for cell in row))
     return table
+
+
+def _stream(facts: str) -> FactList:
+    from nse_tools.facts import load_facts, world_by_knowledge
+
+    return world_by_knowledge() if facts == "world" else load_facts(facts)
 
 
 def _settings(changes: list[str]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ called, are computed once; a step of the value search runs layers L+1… on the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import nnsight
@@ -17,10 +19,13 @@ from transformers import DynamicCache
 
 from nse_tools.models import EditableModel
 from nse_tools.models.editable import hidden_of
-from nse_tools.tracing.attention import Packing, packed_attention
+from nse_tools.tracing.attention import OnlySome, Packing, packed_attention
 from nse_tools.tracing.batches import pad
+from nse_tools.tracing.prefixes import run_prefixes
 from nse_tools.tracing.prompts import LocatedPrompt
-from nse_tools.tracing.replay import LayerCall, PrefixCache, keep_rows, pack_calls, run_layer, watch_calls
+from nse_tools.tracing.replay import LayerCall, PrefixCache, keep_rows, pack_calls, run_layer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +36,6 @@ class SuffixBatch:
     ----------
     hidden : Tensor
         h^L of the replayed tokens, (rows, tokens, d_model).
-    final : Tensor
-        States leaving the last layer as the model itself computed them, for checking a replay.
     at : Tensor
         Index of the subject's last token among a row's replayed tokens, (rows,).
     starts : Tensor
@@ -50,7 +53,6 @@ class SuffixBatch:
     model: EditableModel
     layer: int
     hidden: Tensor
-    final: Tensor
     at: Tensor
     starts: Tensor
     lengths: Tensor
@@ -79,14 +81,14 @@ class SuffixBatch:
         """
         starts = [0 if whole else p.position for p in prompts]
         with torch.no_grad(), model.running():
-            prefix_mask, cache = _run_prefixes(model, [p.ids[:s] for p, s in zip(prompts, starts, strict=True)])
+            prefix_mask, cache = run_prefixes(model, [p.ids[:s] for p, s in zip(prompts, starts, strict=True)])
             tokens = pad([p.ids[s:] for p, s in zip(prompts, starts, strict=True)], model.pad_id, model.device)
             first = torch.tensor(starts, device=model.device)
-            hidden, final, calls = _trace(
+            hidden, calls = _trace(
                 model, layer, tokens.ids, torch.cat([prefix_mask, tokens.mask], 1), tokens.positions + first[:, None], cache
             )
         at = torch.tensor([p.position - s for p, s in zip(prompts, starts, strict=True)], device=model.device)
-        batch = cls(model, layer, hidden, final, at, first, tokens.lengths, calls)
+        batch = cls(model, layer, hidden, at, first, tokens.lengths, calls)
         return batch._packed() if packed else batch
 
     @property
@@ -111,22 +113,62 @@ class SuffixBatch:
         Tensor
             States leaving the last layer, (rows, tokens, d_model).
         """
+        if self.packing is None:
+            return self._run(self._moved(delta), self.calls)
+        with packed_attention(self.model):
+            return self.packing.unpack(self._run(self.packing.pack(self._moved(delta)), self.packed_calls))
+
+    def replay_at(self, delta: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """Do as :meth:`replay`, and return the states of some tokens only; packed, the last layer computes little else.
+
+        Parameters
+        ----------
+        delta : Tensor
+            (rows, d_model).
+        rows, places : Tensor
+            The tokens wanted, no two the same, (n,) both: row, and place among its replayed tokens.
+
+        Returns
+        -------
+        Tensor
+            (n, d_model).
+        """
+        if self.packing is None:
+            return self.replay(delta)[rows, places]
+        some = self.packing.some(rows, places)
+        with packed_attention(self.model):
+            return some.pack(self._run(self.packing.pack(self._moved(delta)), self.packed_calls, some))[0]
+
+    def _moved(self, delta: Tensor) -> Tensor:
         hidden = self.hidden.clone()
         hidden[torch.arange(self.n_rows, device=hidden.device), self.at] += delta
-        if self.packing is None:
-            return self._run(hidden, self.calls)
-        with packed_attention(self.model):
-            return self.packing.unpack(self._run(self.packing.pack(hidden), self.packed_calls))
+        return hidden
 
     def keep_rows(self, rows: Tensor) -> SuffixBatch:
         """Return a batch of some of the rows."""
-        per_row = {name: getattr(self, name)[rows] for name in ("hidden", "final", "at", "starts", "lengths")}
+        per_row = {name: getattr(self, name)[rows] for name in ("hidden", "at", "starts", "lengths")}
         kept = replace(self, calls=keep_rows(self.calls, rows, self.n_rows), **per_row)
         return kept._packed() if self.packing is not None else kept
 
-    def _run(self, hidden: Tensor, calls: dict[int, LayerCall]) -> Tensor:
+    @torch.no_grad()
+    def is_faithful(self, prompts: Sequence[LocatedPrompt]) -> bool:
+        """Check, on the first and the last of the prompts that were recorded, that a replay gives the model's own states."""
+        chosen = sorted({0, self.n_rows - 1})
+        rows = self.keep_rows(torch.tensor(chosen, device=self.hidden.device))
+        try:
+            replayed = rows.replay(torch.zeros_like(rows.clean()))
+        except (RuntimeError, IndexError, ValueError) as refused:  # an attention of the model's own, which knows no packed rows
+            _log.info("%s cannot be replayed this way: %s", self.model.name, refused)
+            return False
+        expected = torch.cat([s[b:] for s, b in zip(_states_leaving(self.model, [prompts[i] for i in chosen]), rows.starts, strict=True)])
+        found = torch.cat([states[:n] for states, n in zip(replayed, rows.lengths, strict=True)])
+        return bool((found - expected).norm() <= 1e-3 * expected.norm())
+
+    def _run(self, hidden: Tensor, calls: dict[int, LayerCall], some: Packing | None = None) -> Tensor:
+        last = self.model.n_layers - 1
         for layer in range(self.layer + 1, self.model.n_layers):
-            hidden = run_layer(self.model, layer, calls[layer], hidden)
+            with OnlySome(some) if some is not None and layer == last else nullcontext():
+                hidden = run_layer(self.model, layer, calls[layer], hidden)
         return hidden
 
     def _packed(self) -> SuffixBatch:
@@ -134,33 +176,31 @@ class SuffixBatch:
         return replace(self, packing=packing, packed_calls=pack_calls(self.calls, packing))
 
 
-def _run_prefixes(model: EditableModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache]:
-    """Fill a cache with the keys and values of left-padded prefixes; an empty one where no row has a prefix."""
-    cache = DynamicCache(config=model.hf.config)
-    if not any(rows):
-        return torch.zeros(len(rows), 0, dtype=torch.long, device=model.device), cache
-    tokens = pad(rows, model.pad_id, model.device, left=True)
-    model.hf.base_model(
-        input_ids=tokens.ids, attention_mask=tokens.mask, position_ids=tokens.positions, past_key_values=cache, use_cache=True
-    )
-    return tokens.mask, cache
-
-
 def _trace(
     model: EditableModel, layer: int, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
-) -> tuple[Tensor, Tensor, dict[int, LayerCall]]:
+) -> tuple[Tensor, dict[int, LayerCall]]:
+    """Return what leaves a layer, and how each layer above is called; these are not run."""
     before = PrefixCache.of(cache, layer)
-    above = range(layer + 1, model.n_layers)
     base = model.lm.get(model.hf.base_model_prefix)
-    last = model.n_layers - 1
     with base.trace(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True):
-        state, seen = watch_calls(model, above) if len(above) else (hidden_of(model.layer_envoy(layer).output), {})
-        end = hidden_of(model.layer_envoy(last).output) if len(above) else state
-        record = nnsight.save((state, end, seen))
-    hidden, final, seen = record
+        output = model.layer_envoy(layer).output
+        seen = {}
+        for above in range(layer + 1, model.n_layers):
+            seen[above] = LayerCall.from_inputs(model.layer_envoy(above).inputs)
+            model.layer_envoy(above).skip(output)
+        record = nnsight.save((hidden_of(output), seen))
+    hidden, seen = record
 
     def without_cache(value: object) -> object:
         return before if value is cache else value
 
-    calls = {index: call.map(without_cache) for index, call in seen.items()}
-    return hidden.clone(), final.clone(), calls
+    return hidden.clone(), {index: call.map(without_cache) for index, call in seen.items()}
+
+
+def _states_leaving(model: EditableModel, prompts: Sequence[LocatedPrompt]) -> list[Tensor]:
+    """Run whole prompts; return the states leaving the last layer, (tokens, d_model) for each."""
+    tokens = pad([p.ids for p in prompts], model.pad_id, model.device)
+    base = model.lm.get(model.hf.base_model_prefix)
+    with base.trace(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False):
+        final = nnsight.save(hidden_of(model.layer_envoy(model.n_layers - 1).output))
+    return [states[: len(prompt.ids)] for states, prompt in zip(final, prompts, strict=True)]

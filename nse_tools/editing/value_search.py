@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import Any
@@ -26,6 +26,7 @@ from nse_tools.errors import EditError
 from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
 from nse_tools.tracing.attention import packs_rows
+from nse_tools.tracing.batches import spans
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.prompts import LocatedPrompt, locate, locate_fact
 
@@ -33,9 +34,6 @@ _log = logging.getLogger(__name__)
 
 MEMORY_BUDGET = 1 << 30
 """Bytes that the activations of one batch may take, by default: those of every replayed token in every layer above L."""
-
-BATCH_COST = 40
-"""What one more batch costs, in tokens: every layer's weights are read once more, and every operation is called once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +108,8 @@ class _Batch:
         ∂KL(p ‖ p₀)/∂logits = p ⊙ (log p − log p₀ − KL).
         """
         with torch.set_grad_enabled(backward):
-            final = self.suffix.replay(delta[self.row_fact].to(self.suffix.hidden.dtype))
-            states = torch.cat([final[self.row, self.place], final[self.essence, self.suffix.at[self.essence]]])
-            logits = self.model.unembed(states)
+            rows, places = torch.cat([self.row, self.essence]), torch.cat([self.place, self.suffix.at[self.essence]])
+            logits = self.model.unembed(self.suffix.replay_at(delta[self.row_fact].to(self.suffix.hidden.dtype), rows, places))
         with torch.no_grad():
             logp = logits.detach().float().log_softmax(-1)
             n = len(self.row)
@@ -259,7 +256,7 @@ class ValueSearch:
             made = [
                 _Batch(self.model, chosen, SuffixBatch.record(self.model, [r.prompt for r in chosen], layer, **way)) for chosen in groups
             ]
-            if all(_replays(b.suffix) for b in made):
+            if all(b.suffix.is_faithful([r.prompt for r in b.rows]) for b in made):
                 return way["whole"], made
             _log.warning("%s does not give its own states when replayed with %s", self.model.name, way)
         raise EditError(f"{self.model.name}: replaying the layers above {layer} does not give the model's own states.")
@@ -291,50 +288,13 @@ def _packed_groups(rows: Sequence[SearchRow], max_tokens: int) -> Iterator[list[
 
 def _padded_groups(rows: Sequence[SearchRow], max_tokens: int) -> Iterator[list[SearchRow]]:
     """Yield rows of nearby suffix lengths, longest first, prompts of similar length together, within the budget of padded tokens."""
-    for shortest, longest in _spans(Counter(r.suffix for r in rows)):
+    for shortest, longest in spans(Counter(r.suffix for r in rows)):
         within = [r for r in rows if shortest <= r.suffix <= longest]
         within.sort(key=lambda r: r.prompt.position)
         size = max(1, max_tokens // longest)
         n_groups = -(-len(within) // size)
         for number in range(n_groups):  # of equal size, rather than full ones and a small rest
             yield within[len(within) * number // n_groups : len(within) * (number + 1) // n_groups]
-
-
-def _spans(counts: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Divide suffix lengths into spans that share a batch, so that padded tokens plus the cost of the batches is least.
-
-    Parameters
-    ----------
-    counts : mapping of int to int
-        Suffix length → number of rows.
-
-    Returns
-    -------
-    list of (int, int)
-        Shortest and longest length of each span, longest lengths first.
-    """
-    lengths = sorted(counts)
-    best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]  # for the first i lengths: cost, spans
-    for i, longest in enumerate(lengths, start=1):
-        options = []
-        for j in range(i):
-            rows = sum(counts[n] for n in lengths[j:i])
-            options.append((best[j][0] + rows * longest + BATCH_COST, [(lengths[j], longest), *best[j][1]]))
-        best.append(min(options))
-    return best[-1][1]
-
-
-@torch.no_grad()
-def _replays(batch: SuffixBatch) -> bool:
-    """Check on the first and the last row that replaying gives the states that the model itself computed."""
-    rows = batch.keep_rows(torch.tensor(sorted({0, batch.n_rows - 1}), device=batch.hidden.device))
-    try:
-        replayed = rows.replay(torch.zeros_like(rows.clean()))
-    except (RuntimeError, IndexError, ValueError) as refused:  # an attention of the model's own, which knows no packed rows
-        _log.info("%s cannot be replayed this way: %s", batch.model.name, refused)
-        return False
-    real = torch.arange(replayed.shape[1], device=replayed.device)[None] < rows.lengths[:, None]
-    return bool((replayed - rows.final)[real].norm() <= 1e-3 * rows.final[real].norm())
 
 
 def _norm(delta: Tensor) -> Tensor:

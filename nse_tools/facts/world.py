@@ -54,6 +54,13 @@ def known_facts(facts: FactList | None = None, model: str = "smollm2-135m") -> F
     return (world_facts() if facts is None else facts).filter(where=lambda f: f.id in known)
 
 
+def world_by_knowledge(model: str = "smollm2-135m") -> FactList:
+    """Return all facts of "world", those the given model knows first (:func:`known_facts`), in their order."""
+    known = known_facts(model=model)
+    first = set(known.ids)
+    return FactList([*known, *world_facts().filter(where=lambda f: f.id not in first)], "world")
+
+
 def _relation(relation: str, entry: dict[str, Any]) -> Iterator[Fact]:
     objects: dict[str, list[str]] = entry["objects"]
     templates = [entry["prompt"], *entry["paraphrases"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 MAX_TOKENS = 4096
 """Padded tokens in one batch, by default."""
+
+BATCH_COST = 40
+"""What one more batch costs, in tokens: every layer's weights are read once more, and every operation is called once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +51,27 @@ def batches(lengths: Sequence[int], max_tokens: int = MAX_TOKENS) -> Iterator[li
         batch.append(row)
     if batch:
         yield batch
+
+
+def spans(counts: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Divide lengths into spans that share a batch, so that padded tokens plus the cost of the batches is least.
+
+    Parameters
+    ----------
+    counts : mapping of int to int
+        Length → number of rows.
+
+    Returns
+    -------
+    list of (int, int)
+        Shortest and longest length of each span, longest lengths first.
+    """
+    lengths = sorted(counts)
+    best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]  # for the first i lengths: cost, spans
+    for i, longest in enumerate(lengths, start=1):
+        options = []
+        for j in range(i):
+            rows = sum(counts[n] for n in lengths[j:i])
+            options.append((best[j][0] + rows * longest + BATCH_COST, [(lengths[j], longest), *best[j][1]]))
+        best.append(min(options))
+    return best[-1][1]
