@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from nse_tools import _late
 from nse_tools._show import table_html
 from nse_tools.editing.keys import Keys
 from nse_tools.editing.method import Per, Rule, Score
@@ -90,6 +92,10 @@ class NeuronSelection:
 
     def _repr_html_(self) -> str:
         return table_html(self.to_frame().head(10), head=self)
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the scores and where they are cut (:func:`nse_tools.plots.neuron_scores`)."""
+        return _late.call("plots", "neuron_scores", self, **options)
 
 
 def neuron_scores(keys: Keys, score: Score = "key", *, moments: Tensor | None = None, weight: Tensor | None = None) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from nse_tools import _late
 from nse_tools._show import table_html
 from nse_tools.errors import SettingError
 from nse_tools.evaluation.forgetting import ForgettingMatrix, forgetting_matrix
@@ -60,6 +61,10 @@ class Retention:
 
     def _repr_html_(self) -> str:
         return table_html(self.rounds, head=self)
+
+    def plot(self, **options: Any) -> Any:
+        """Draw what is left of each round (:func:`nse_tools.plots.retention`)."""
+        return _late.call("plots", "retention", self, **options)
 
 
 def retention(matrix: ForgettingMatrix) -> Retention:

@@ -17,6 +17,7 @@ from nse_tools.errors import MissingPackageError, NSEError, SettingError
 from nse_tools.plots.sizing import at_width
 
 FORMATS = ("pdf", "svg", "png", "html")
+_NOWHERE = "127.0.0.1:9"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge", "msedge")
 
 
@@ -110,8 +111,8 @@ def _draw(figures: Mapping[Path, go.Figure], scale: float) -> list[bytes]:
     browser = find_browser()
 
     async def run() -> list[bytes]:
-        # without mathjax=False the page would be waiting for a script from the network
-        async with kaleido.Kaleido(n=1, path=browser, mathjax=False) as painter:
+        # without mathjax=False the page would be waiting for a script from the network; the browser gets no way to it at all
+        async with kaleido.Kaleido(n=1, path=browser, mathjax=False, proxy_server=_NOWHERE) as painter:
             return [await painter.calc_fig(fig, _options(file, fig, scale)) for file, fig in figures.items()]
 
     try:

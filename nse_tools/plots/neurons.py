@@ -72,9 +72,7 @@ def neuron_map(sets: NeuronMap, title: str | None = None) -> go.Figure:
     neurons, n = counts.index.tolist(), len(sets.labels)
     everywhere, once = int((counts == n).sum()), int((counts == 1).sum())
     found = f"Layer {sets.layer}: of {len(neurons)} neurons, {everywhere} are in all {n} sets and {once} in one only"
-    fig = figure(
-        title or found, f"the {len(neurons)} neurons in any set, in how many sets first", "", width=820, height=_tall(n), tall=True
-    )
+    fig = figure(title or found, f"{len(neurons)} neurons, those in most sets first", "", width=820, height=_tall(n), tall=True)
     fig.add_trace(
         go.Heatmap(
             z=sets.selected[:, neurons].long().tolist(),

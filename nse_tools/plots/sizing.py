@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from nse_tools.errors import SettingError
-from nse_tools.plots.theme import TITLE, UNDER, titled, wrapped
+from nse_tools.plots.theme import TITLE, UNDER, noted, titled, wrapped
 
 PIXELS = {"px": 1.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4, "pt": 96 / 72}
 """CSS pixels in a unit of length."""
@@ -46,12 +46,12 @@ def at_width(fig: go.Figure, width: float | str, height: float | str | None = No
     wide, tall = pixels(width), copy.layout.height or 430
     before = copy.layout.width or 720
     narrow = wide < _NARROW
-    stacked = _stack(copy) if narrow or wide < _PANEL * _meta(copy, "panels", 1) else 1
+    stacked = _stack(copy) if narrow or wide < _PANEL * noted(copy, "panels") else 1
     if height is not None:
         new = pixels(height)
     elif stacked > 1:
-        new = stacked * max(190.0, 0.62 * wide, 0.7 * tall if _meta(copy, "tall", False) else 0.0) + 60
-    elif _meta(copy, "tall", False):
+        new = stacked * max(190.0, 0.62 * wide, 0.7 * tall if noted(copy, "tall") else 0.0) + 60
+    elif noted(copy, "tall"):
         new = tall * (0.8 if narrow else 1.0)
     else:
         new = max(200.0, tall * min(1.0, (wide / before) ** 0.7))
@@ -87,7 +87,7 @@ def _print(fig: go.Figure, grow: bool) -> None:
         if grow:
             fig.update_layout(height=fig.layout.height + _LEGEND_ROW * -(-len(names) // per_row))
     fig.update_annotations(font_size=9.5)
-    panels = _meta(fig, "panels", 1)
+    panels = max(1, noted(fig, "panels"))
     for axes, room in ((fig.select_xaxes(), 0.85 * fig.layout.width), (fig.select_yaxes(), 0.7 * fig.layout.height / panels)):
         for axis in axes:
             _print_axis(axis, room)
@@ -126,14 +126,10 @@ def _thinner(trace: go.Scatter) -> None:
         trace.update(marker_size=trace.marker.size * 0.7)
 
 
-def _meta(fig: go.Figure, name: str, default: int) -> int:
-    return int((fig.layout.meta or {}).get(name, default))
-
-
 def _stack(fig: go.Figure) -> int:
     """Put panels that stand side by side one under the other; return their number."""
-    n = _meta(fig, "panels", 1)
-    if n == 1:
+    n = noted(fig, "panels")
+    if n < 2:
         return 1
     gap = 0.34 / n
     height = (1 - gap * (n - 1)) / n

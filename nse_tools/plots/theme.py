@@ -103,9 +103,15 @@ def titled(fig: go.Figure, title: str, size: float = TITLE) -> go.Figure:
     lines = wrapped(title, fig.layout.width, size)
     more = 1.3 * size * lines.count("<br>")
     room = 2.6 * size + more if lines else size
-    fig.update_layout(title_text=lines, margin_t=round(room + (fig.layout.meta or {}).get("above", 0)))
+    fig.update_layout(title_text=lines, margin_t=round(room + noted(fig, "above")))
     # plotly moves a title up by half of each further line
     return fig.update_layout(title_font_size=size, title_pad={"l": round(0.9 * size), "t": round(0.9 * size + more / 2)})
+
+
+def noted(fig: go.Figure, name: str) -> int:
+    """Return what a figure of ours says of its own layout (panels, room above, whether it is tall); 0 of other figures."""
+    meta = fig.layout.meta
+    return int(meta.get(name, 0)) if isinstance(meta, dict) else 0
 
 
 def dark(fig: go.Figure) -> go.Figure:

@@ -15,7 +15,7 @@ from session_small import session_of
 
 def test_scores_are_sorted_and_cut_where_p_is_reached() -> None:
     selection = session_of().rounds[0].selection(1)
-    fig = plots.neuron_scores(selection).to_plotly_json()
+    fig = selection.plot().to_plotly_json()
     table = selection.to_frame()
     for axis, column in (("x", "score"), ("x2", "running_share")):
         parts = [t for t in fig["data"] if t.get("xaxis", "x") == axis]

@@ -63,6 +63,12 @@ def test_a_column_stacks_panels_and_keeps_every_number(fig: go.Figure) -> None:
     assert plots.at_width(fig, 400, "10cm").layout.height == 378
 
 
+def test_other_peoples_figures_can_be_laid_out_too() -> None:
+    theirs = go.Figure(go.Scatter(y=[1, 2]), layout={"title": "a <b>", "meta": "theirs"})
+    assert plots.at_width(theirs, 300).layout.width == 300
+    assert plots.at_width(go.Figure(), 300).layout.title.text == ""
+
+
 def test_titles_break_into_lines_that_fit_and_labels_into_what_there_is_room_for() -> None:
     sets = neuron_map(session_of(), 1, by="fact", neuron_threshold=0.5)
     narrow = plots.at_width(plots.neuron_overlap(sets), plots.COLUMN)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -82,7 +84,7 @@ def test_cohorts_are_the_columns_of_the_matrix() -> None:
 
 def test_retention_alone_and_side_by_side() -> None:
     found = retention(MATRIX)
-    one = plots.retention(found).to_plotly_json()
+    one = found.plot().to_plotly_json()
     assert [t["name"] for t in one["data"]] == ["after the last round", "right after their round"]
     assert list(one["data"][0]["y"]) == found.rounds.final.tolist()
     assert list(one["data"][1]["y"]) == found.rounds.fresh.tolist()
@@ -134,6 +136,11 @@ def test_the_lens_shows_tokens_and_probabilities_of_layers_and_positions() -> No
     np.testing.assert_array_equal(np.array(some["data"][0]["z"], dtype=np.float32), lens.target_probabilities[[0, 3]][:, -2:].numpy())
     assert list(some["layout"]["yaxis"]["ticktext"]) == ["0", "3"]
     assert "layer 3" in some["data"][0]["customdata"][1][0]
+    hostile = replace(
+        lens, tokens=("<b>x</b>",) * len(lens.tokens), names=dict.fromkeys(lens.names, "<i>y</i>"), target="<u>z</u>", prompt="<s>p"
+    )
+    for show in ("top", "target"):
+        assert not any(tag in plots.logit_lens(hostile, show).to_json() for tag in ("<b>", "<i>", "<u>", "<s>"))
     for wrong in ({"show": "none"}, {"layers": [9]}, {"positions": []}):
         with pytest.raises(SettingError):
             plots.logit_lens(lens, **wrong)
