@@ -94,7 +94,8 @@ class EditSession:
         self._original_digest = digest_of_originals(model, self.method.layers)
         if digest_of(model, self.method.layers) != self._original_digest:
             raise StateError(
-                "The model already carries edits of another session. Take them back first (session.rewind(to=0)), or load the model anew."
+                "The model already carries edits of another session, or a patch. Take them back first (session.rewind(to=0), "
+                "nse.remove_patch), or load the model anew."
             )
 
     # ---- recorded inputs ---------------------------------------------------------------------------------------------
