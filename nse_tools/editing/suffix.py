@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import nnsight
@@ -18,7 +19,7 @@ from transformers import DynamicCache
 
 from nse_tools.models import EditableModel
 from nse_tools.models.editable import hidden_of
-from nse_tools.tracing.attention import Packing, packed_attention
+from nse_tools.tracing.attention import OnlySome, Packing, packed_attention
 from nse_tools.tracing.batches import pad
 from nse_tools.tracing.prefixes import run_prefixes
 from nse_tools.tracing.prompts import LocatedPrompt
@@ -112,12 +113,36 @@ class SuffixBatch:
         Tensor
             States leaving the last layer, (rows, tokens, d_model).
         """
+        if self.packing is None:
+            return self._run(self._moved(delta), self.calls)
+        with packed_attention(self.model):
+            return self.packing.unpack(self._run(self.packing.pack(self._moved(delta)), self.packed_calls))
+
+    def replay_at(self, delta: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """Do as :meth:`replay`, and return the states of some tokens only; packed, the last layer computes little else.
+
+        Parameters
+        ----------
+        delta : Tensor
+            (rows, d_model).
+        rows, places : Tensor
+            The tokens wanted, no two the same, (n,) both: row, and place among its replayed tokens.
+
+        Returns
+        -------
+        Tensor
+            (n, d_model).
+        """
+        if self.packing is None:
+            return self.replay(delta)[rows, places]
+        some = self.packing.some(rows, places)
+        with packed_attention(self.model):
+            return some.pack(self._run(self.packing.pack(self._moved(delta)), self.packed_calls, some))[0]
+
+    def _moved(self, delta: Tensor) -> Tensor:
         hidden = self.hidden.clone()
         hidden[torch.arange(self.n_rows, device=hidden.device), self.at] += delta
-        if self.packing is None:
-            return self._run(hidden, self.calls)
-        with packed_attention(self.model):
-            return self.packing.unpack(self._run(self.packing.pack(hidden), self.packed_calls))
+        return hidden
 
     def keep_rows(self, rows: Tensor) -> SuffixBatch:
         """Return a batch of some of the rows."""
@@ -139,9 +164,11 @@ class SuffixBatch:
         found = torch.cat([states[:n] for states, n in zip(replayed, rows.lengths, strict=True)])
         return bool((found - expected).norm() <= 1e-3 * expected.norm())
 
-    def _run(self, hidden: Tensor, calls: dict[int, LayerCall]) -> Tensor:
+    def _run(self, hidden: Tensor, calls: dict[int, LayerCall], some: Packing | None = None) -> Tensor:
+        last = self.model.n_layers - 1
         for layer in range(self.layer + 1, self.model.n_layers):
-            hidden = run_layer(self.model, layer, calls[layer], hidden)
+            with OnlySome(some) if some is not None and layer == last else nullcontext():
+                hidden = run_layer(self.model, layer, calls[layer], hidden)
         return hidden
 
     def _packed(self) -> SuffixBatch:

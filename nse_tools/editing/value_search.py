@@ -108,9 +108,8 @@ class _Batch:
         ∂KL(p ‖ p₀)/∂logits = p ⊙ (log p − log p₀ − KL).
         """
         with torch.set_grad_enabled(backward):
-            final = self.suffix.replay(delta[self.row_fact].to(self.suffix.hidden.dtype))
-            states = torch.cat([final[self.row, self.place], final[self.essence, self.suffix.at[self.essence]]])
-            logits = self.model.unembed(states)
+            rows, places = torch.cat([self.row, self.essence]), torch.cat([self.place, self.suffix.at[self.essence]])
+            logits = self.model.unembed(self.suffix.replay_at(delta[self.row_fact].to(self.suffix.hidden.dtype), rows, places))
         with torch.no_grad():
             logp = logits.detach().float().log_softmax(-1)
             n = len(self.row)

@@ -9,18 +9,22 @@ joined, and only the new keys and values get gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nse_tools.models import EditableModel
 
+# what attention, and nothing before it in a layer, calls; and the place of what a product is taken of among its arguments
+_ATTENTION = {Tensor.softmax, nn.functional.softmax, nn.functional.scaled_dot_product_attention}
+_PRODUCTS: dict[Callable[..., Any], int] = {nn.functional.linear: 0, torch.addmm: 1}
 _NAME, _ORDINARY = "nse_packed", "sdpa"
 _UNKNOWN = ("softcap", "position_bias", "s_aux")
 
@@ -48,6 +52,11 @@ class Packing:
         """Put tokens back into rows: (1, n_tokens, …) → (n_rows, width, …), zero on padding."""
         padded: Tensor = _Unpack.apply(packed, self)
         return padded
+
+    def some(self, rows: Tensor, places: Tensor) -> Packing:
+        """Return where some tokens, no two the same, stand among the packed ones; packs (1, n_tokens, …) to (1, n, …) in their order."""
+        wanted = torch.searchsorted(self.index, rows * self.width + places)
+        return Packing(wanted, 1, len(self.index))
 
     def _gather(self, padded: Tensor) -> Tensor:
         return padded.flatten(0, 1).index_select(0, self.index)[None]
@@ -97,6 +106,34 @@ def packed_attention(model: EditableModel) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation_internal = before
+
+
+class OnlySome(TorchFunctionMode):
+    """Inside a ``with`` block, a decoder layer computes its products for some of the packed tokens only, once it has attended.
+
+    What comes behind attention knows no other token, so that the others are left wrong and must not be read.
+
+    Parameters
+    ----------
+    some : Packing
+        The tokens (:meth:`Packing.some`).
+    """
+
+    def __init__(self, some: Packing) -> None:
+        super().__init__()
+        self.some, self.attended = some, False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.attended |= func in _ATTENTION
+        place = _PRODUCTS.get(func) if self.attended else None
+        if place is None or kwargs or args[place].ndim > 3 or args[place].shape[:-1].numel() != self.some.width:
+            return func(*args, **(kwargs or {}))
+        whole = args[place]
+        few = self.some.pack(whole.reshape(1, -1, whole.shape[-1])).reshape(*[1] * (whole.ndim - 2), len(self.some.index), -1)
+        out = func(*args[:place], few, *args[place + 1 :])
+        return self.some.unpack(out.reshape(1, len(self.some.index), -1)).reshape(*whole.shape[:-1], -1)
 
 
 def carrying(keys: Tensor, packing: Packing, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:

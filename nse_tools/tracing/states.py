@@ -14,19 +14,16 @@ import torch
 from torch import Tensor
 
 from nse_tools.models import EditableModel
-from nse_tools.tracing.batches import MAX_TOKENS, batches, pad
+from nse_tools.tracing.batches import MAX_TOKENS
+from nse_tools.tracing.layouts import Layout, lay_out
 from nse_tools.tracing.replay import LayerCall, record_calls, run_layer
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    rows: Tensor
-    last: Tensor
+    layout: Layout
     hidden: Tensor
     calls: dict[int, LayerCall]
-
-    def at_last(self, states: Tensor) -> Tensor:
-        return states[torch.arange(len(self.last), device=states.device), self.last.to(states.device)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +58,9 @@ class LastTokenStates:
         """
         model.check_layers([layer, last_layer])
         recorded = []
-        for chosen in batches([len(r) for r in rows], max_tokens):
-            tokens = pad([rows[r] for r in chosen], model.pad_id, model.device)
-            hidden, calls = record_calls(model, tokens.ids, tokens.mask, range(layer, last_layer + 1))
-            recorded.append(_Batch(torch.tensor(chosen), tokens.lengths - 1, hidden, calls))
+        for layout in lay_out(model, rows, max_tokens):
+            hidden, calls = record_calls(model, layout.ids, layout.mask, range(layer, last_layer + 1), **layout.more)
+            recorded.append(_Batch(layout, hidden, calls))
         return cls(model, layer, last_layer, len(rows), tuple(recorded))
 
     @torch.no_grad()
@@ -78,14 +74,14 @@ class LastTokenStates:
                     with _capture_input(self.model, layer) as seen:
                         hidden = run_layer(self.model, layer, batch.calls[layer], hidden)
                     if layer in found:
-                        found[layer].append(batch.at_last(seen[0].reshape(*hidden.shape[:2], -1)))
+                        found[layer].append(batch.layout.at_last(seen[0].reshape(*hidden.shape[:2], -1)))
         return {layer: self._in_order(parts) for layer, parts in found.items()}
 
     @torch.no_grad()
     def hidden(self, layer: int) -> Tensor:
         """Return h^l, the states leaving a layer at the last token, (n_rows, d_model)."""
         with self.model.running():
-            return self._in_order([batch.at_last(self._run(batch, layer + 1)) for batch in self._batches])
+            return self._in_order([batch.layout.at_last(self._run(batch, layer + 1)) for batch in self._batches])
 
     @torch.no_grad()
     def enter(self, layer: int) -> LastTokenStates:
@@ -102,7 +98,7 @@ class LastTokenStates:
 
     def _in_order(self, parts: list[Tensor]) -> Tensor:
         joined = torch.cat(parts)
-        order = torch.cat([b.rows for b in self._batches]).to(joined.device)
+        order = torch.tensor([row for b in self._batches for row in b.layout.rows], device=joined.device)
         return torch.empty_like(joined).index_copy_(0, order, joined)
 
 

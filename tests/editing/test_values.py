@@ -157,14 +157,14 @@ def test_replaying_without_a_change_gives_the_models_own_states(name: str) -> No
     # positions 0 (no row has a prefix), one-token suffixes, and prefixes of very different lengths in one batch
     model = build(name)
     ids = model.encode("The mother tongue of Danielle Darrieux is French, and the capital of Italy is Rome.").ids
-    rows = {
+    cases = {
         "no prefix": [LocatedPrompt(ids[:3], 0, 3), LocatedPrompt(ids[2:5], 0, 3)],
         "one token": [LocatedPrompt(ids[:8], 7, 8), LocatedPrompt(ids[3:5], 1, 2), LocatedPrompt(ids, len(ids) - 1, len(ids))],
         "one beginning": [LocatedPrompt(ids[:n], n - back, n) for n, back in ((12, 3), (9, 1), (9, 5), (7, 2), (8, 3))],
         "mixed": [LocatedPrompt(ids[:6], 0, 6), LocatedPrompt(ids, len(ids) - 6, len(ids)), LocatedPrompt(ids[1:9], 2, 8)],
     }
     naive = reference_of(model)
-    for (case, prompts), attention in product(rows.items(), (False, True)):
+    for (case, prompts), attention in product(cases.items(), (False, True)):
         if attention and not packs_rows(model):
             continue
         batch = SuffixBatch.record(model, prompts, 1, packed=attention)
@@ -173,6 +173,10 @@ def test_replaying_without_a_change_gives_the_models_own_states(name: str) -> No
         with torch.no_grad():
             moved = model.unembed(batch.replay(delta))
             kept = model.unembed(batch.keep_rows(torch.tensor([1])).replay(delta[1:2]))
+            rows, places = torch.tensor([1, 0, 1]), torch.tensor([0, 0, int(batch.lengths[1]) - 1])
+            distinct = slice(0, 2 if places[2] == 0 else 3)
+            some = model.unembed(batch.replay_at(delta, rows[distinct], places[distinct]))
+            assert apart(some, moved[rows[distinct], places[distinct]]) < 1e-5, case
         for row, prompt in enumerate(prompts):
             expected = naive.run(list(prompt.ids), add=(1, prompt.position, delta[row].double()))[0].detach()
             length = len(prompt.ids) - prompt.position
