@@ -103,8 +103,8 @@ class EditSession(TimeTravel):
         self._turn = Turn(self)
         if digest_of(model, self.method.layers) != self._past.original:
             raise StateError(
-                "The model already carries edits of another session. Take them back first (session.rewind(to=0)), load the model anew, "
-                "or go on from that session: session.branch()."
+                "The model already carries edits of another session, or a patch. Take them back first (session.rewind(to=0), "
+                "nse.remove_patch), load the model anew, or go on from that session: session.branch()."
             )
         self.autosave = None if autosave is None else _late.call("storage", "start_autosave", self, autosave)
 

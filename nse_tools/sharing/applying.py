@@ -68,7 +68,8 @@ def verify_patch(model: EditableModel, path: str | Path) -> SharedEdit:
         As :func:`apply_patch`.
     """
     file = PatchFile(Path(path))
-    _edited_weights(model, file, {layer: model.originals[layer] for layer in model.originals.layers if carries(model, file.edit)})
+    applied = carries(model, file.edit)  # then the check starts from the weights before it, where they are known
+    _edited_weights(model, file, {layer: model.originals[layer] for layer in model.originals.layers} if applied else None)
     return file.edit
 
 

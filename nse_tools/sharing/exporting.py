@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
-from nse_tools.editing import EditSession
+from nse_tools.editing import EditRound, EditSession
 from nse_tools.errors import SettingError, nearest
 from nse_tools.models import EditableModel
 from nse_tools.models.weights import copy_of
@@ -29,34 +30,40 @@ def export_session(
     rank: int | None = None,
 ) -> SharedEdit:
     """Write what a session did to its model, for use without the session; see :meth:`nse_tools.EditSession.export`."""
-    path = Path(path).expanduser()
+    _check_options(as_, rank)
+    number = len(session) if round is None else round
+    with nullcontext() if number == len(session) else session.at(number):
+        model, rounds = session.model, session.rounds[:number]
+        about = _manifest(session, rounds, Path(path).expanduser(), as_)
+        if as_ == "model":
+            return export_model(model, about, overwrite, check)
+        if not rounds:
+            why = "round 0 is unedited" if len(session) else "no round was made"
+            raise SettingError(f"There is nothing to export as a {as_}: {why}.")
+        if as_ == "patch":
+            return export_patch(model, rounds, about, overwrite)
+        return export_adapter(model, rounds, about, overwrite, check, rank)
+
+
+def _check_options(as_: str, rank: int | None) -> None:
     if as_ not in get_args(Kind):
         raise SettingError(f"as_={as_!r}: expected 'model', 'patch' or 'lora'.{nearest(str(as_), get_args(Kind))}")
     if rank is not None and (as_ != "lora" or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise SettingError(f"rank={rank!r}: expected a whole number of at least 1, and as_='lora'.")
-    number = len(session) if round is None else round
-    with nullcontext() if number == len(session) else session.at(number):
-        rounds, model = session.rounds[:number], session.model
-        if not rounds and as_ != "model":
-            raise SettingError(
-                f"There is nothing to export as a {as_}: {'no round was made' if not len(session) else 'round 0 is unedited'}."
-            )
-        layers = sorted({update.layer for r in rounds for update in r.updates})
-        about = SharedEdit(
-            path=path,
-            kind=as_,
-            size=0,
-            base=BaseModel.of(model),
-            method=plain(session.method.to_dict()),
-            rounds=tuple(r.facts for r in rounds),
-            parameters=tuple(_whole(model, layer) for layer in layers),
-            versions=versions(),
-        )
-        if as_ == "patch":
-            return export_patch(model, rounds, about, overwrite)
-        if as_ == "lora":
-            return export_adapter(model, rounds, about, overwrite, check, rank)
-        return export_model(model, about, overwrite, check)
+
+
+def _manifest(session: EditSession, rounds: Sequence[EditRound], path: Path, kind: Kind) -> SharedEdit:
+    layers = sorted({update.layer for done in rounds for update in done.updates})
+    return SharedEdit(
+        path=path,
+        kind=kind,
+        size=0,
+        base=BaseModel.of(session.model),
+        method=plain(session.method.to_dict()),
+        rounds=tuple(done.facts for done in rounds),
+        parameters=tuple(_whole(session.model, layer) for layer in layers),
+        versions=versions(),
+    )
 
 
 def export_patched(model: EditableModel, edit: SharedEdit, path: str | Path, *, overwrite: bool = False, check: bool = True) -> SharedEdit:

@@ -119,7 +119,7 @@ class PatchFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = path.expanduser()
         header = self._header()
         if _MANIFEST not in header.metadata:
             raise PatchError(f"{path} is a safetensors file, but not a patch of nse_tools: its metadata has no entry {_MANIFEST!r}.")

@@ -210,6 +210,7 @@ def test_an_existing_folder_is_only_replaced_on_request(tmp_path: Path) -> None:
     assert (tmp_path / "keep" / "config.json").read_text() == "{}"
 
 
+@pytest.mark.long
 def test_the_export_needs_nothing_of_this_library(tmp_path: Path) -> None:
     """A fresh interpreter without nse_tools loads the folder and says the same."""
     session = edited("llama")

@@ -13,7 +13,7 @@ from models_small import FACTS, NAMES, build
 from nse_tools.editing import EditSession
 from nse_tools.errors import ExportError, PatchError, SettingError, StateError
 from nse_tools.models.weights import copy_of
-from nse_tools.sharing import applying, patching, places
+from nse_tools.sharing import applying, export_patched, patching, places
 from sharing_small import FIRST, LAYERS, METHOD, SECOND, contents, edited, forge, same, weights_of
 
 WAYS = {
@@ -316,6 +316,17 @@ def test_verifying_changes_nothing(patch: Path) -> None:
     assert nse.verify_patch(model, patch).layers == LAYERS
     assert same(weights_of(model), state)
     assert model.originals.layers == []
+
+
+def test_a_session_begins_on_the_unedited_model_or_on_what_was_exported(patch: Path, tmp_path: Path) -> None:
+    model = build()
+    edit = nse.apply_patch(model, patch)
+    with pytest.raises(StateError, match="or a patch.*nse.remove_patch"):
+        EditSession(model, METHOD, progress=False)
+    export_patched(model, edit, tmp_path / "model")
+    goes_on = nse.load_model(tmp_path / "model")
+    assert same(weights_of(goes_on), weights_of(model))
+    assert len(EditSession(goes_on, METHOD, progress=False)) == 0
 
 
 def test_facts_can_be_scored_after_applying(patch: Path) -> None:
