@@ -76,7 +76,7 @@ class Past:
         SettingError
             If there is none to come again, or none of that number.
         """
-        more = round - len(self)
+        more = round - len(self) if isinstance(round, int) else 0
         if not self.undone:
             raise SettingError("There is nothing to redo: no round was undone or rewound since the last edit, drop or cherry-pick.")
         if not 1 <= more <= len(self.undone):

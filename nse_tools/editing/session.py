@@ -139,7 +139,7 @@ class EditSession(TimeTravel):
         """
         batch = facts if isinstance(facts, FactList) else FactList([facts] if isinstance(facts, Fact) else facts)
         check_batch(batch)
-        self._turn.check(self)
+        self._check_untouched()
         if values is not None:
             check_values(values, batch, self.method, self.model.d_model)
         watch = Stopwatch()
@@ -284,7 +284,8 @@ class EditSession(TimeTravel):
 
     def __repr__(self) -> str:
         n = sum(len(f) for f in self.facts)
-        return f"EditSession({self.model.name}: {len(self)} rounds, {n} facts, {self.method!r})"
+        branch = "" if self.name == "main" else f", {self.name!r}"
+        return f"EditSession({self.model.name}{branch}: {len(self)} rounds, {n} facts, {self.method!r})"
 
     def _repr_html_(self) -> str:
         return table_html(self.to_frame(), head=self)

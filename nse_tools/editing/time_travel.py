@@ -55,7 +55,7 @@ class TimeTravel(SessionState):
             If somebody changed the edited weights meanwhile.
         """
         self._past.check_round(to)
-        self._turn.check(self)
+        self._check_untouched()
         taken = list(self.rounds[to:])
         if taken:
             self._move(self._past.back_to(to), self.weights_at(to), kept=to)
@@ -77,7 +77,7 @@ class TimeTravel(SessionState):
             If the weights are not what the last round left behind.
         """
         ahead = self._past.forward_to(len(self) + 1 if to is None else to)
-        self._turn.check(self)
+        self._check_untouched()
         now = {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}
         self._move(ahead, self._made_again(now, ahead.rounds[len(self) :]), kept=len(self))
         return ahead.rounds[-1]
@@ -130,7 +130,7 @@ class TimeTravel(SessionState):
             If the model is being looked at as of another round.
         """
         if self._turn.looked_at is not None:
-            self._turn.check(self)
+            self._check_untouched()
         weights = self.weights_at(len(self))
         with all_or_nothing(self.model, self.method.layers, lambda: self._turn.holder):
             write_weights(self.model, weights)
@@ -144,7 +144,7 @@ class TimeTravel(SessionState):
         StateError
             If there are rounds already, or the records do not give the weights they say.
         """
-        self._turn.check(self)
+        self._check_untouched()
         if self.rounds:
             raise StateError(f"The session has {len(self)} rounds of its own; rounds can be taken over into an empty one only.")
         if rounds:
@@ -232,7 +232,7 @@ class TimeTravel(SessionState):
         self._past.check_round(round, first=1)
         if round == len(self):
             return self.undo()
-        self._turn.check(self)
+        self._check_untouched()
         dropped, later = self.rounds[round - 1], self.rounds[round:]
         why = f"round {round} ({_some(dropped)}) was dropped from below it"
         weights = self.weights_at(round - 1)
@@ -272,7 +272,7 @@ class TimeTravel(SessionState):
         if (there := next((r.number for r in self.rounds if same_updates(r, picked)), None)) is not None:
             raise SettingError(f"Round {round} of {other.name!r} is in this session already: it is round {there}.")
         self._check_same_originals(other, picked)
-        self._turn.check(self)
+        self._check_untouched()
         same_state = other.past.digest_after(round - 1) == self._past.digest
         why = "" if same_state else f"taken over from round {round} of {other.name!r}, for whose weights it was solved"
         with self._all_or_nothing():
@@ -312,6 +312,10 @@ class TimeTravel(SessionState):
         return verify_past(self._past, self._originals(), live, held_by)
 
     # ---- by which it is done -----------------------------------------------------------------------------------------
+    def _check_untouched(self) -> None:
+        """Refuse to go on unless the model is in this session's last state (:meth:`Turn.check`)."""
+        self._turn.check(self)
+
     def _made_again(self, start: dict[int, Tensor], rounds: Sequence[EditRound]) -> dict[int, Tensor]:
         """Return the weights after some rounds, on those before them, compared with the last round's digest."""
         weights = next(islice(replay(start, rounds), len(rounds), None))

@@ -8,6 +8,7 @@ import pandas as pd
 
 from nse_tools import plots
 from nse_tools.evaluation import Comparison
+from nse_tools.figures.folders import make_folder
 
 _DRAWN = {
     "score": ("score", None),
@@ -29,8 +30,7 @@ def save_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     ``accuracy.html`` (on rewrites), ``generalization.html``, ``specificity.html``, ``first_round.html`` (accuracy on the
     first round's facts), ``perplexity.html``; those whose measure was not taken are left out.
     """
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    place = make_folder(folder)
     drawn = {name: asked for name, asked in _DRAWN.items() if comparison.has(asked[0])}
     curves = [comparison.curve(*asked).assign(figure=name) for name, asked in drawn.items()]
     tables = {

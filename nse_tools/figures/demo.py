@@ -15,6 +15,7 @@ from nse_tools.editing import EditSession, Method, methods
 from nse_tools.errors import FactError
 from nse_tools.evaluation import ForgettingMatrix, forgetting_matrix, session_scores
 from nse_tools.facts import FactList
+from nse_tools.figures.folders import make_folder
 from nse_tools.figures.provenance import settings_of
 from nse_tools.models import EditableModel
 
@@ -81,7 +82,7 @@ def save_stream(result: StreamResult, folder: Path) -> list[Path]:
     Files: ``scores.csv``, ``forgetting.csv``, ``facts.csv`` (per fact and round), ``residuals.csv``, ``rounds.csv``,
     ``settings.json``; ``forgetting_matrix.html``, ``forgetting_curve.html``, ``residuals.html``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     session = result.session
     tables = {
         "scores": result.scores,

@@ -16,6 +16,7 @@ from nse_tools._show import table_html
 from nse_tools.editing import EditRound, EditSession
 from nse_tools.errors import StorageError
 from nse_tools.evaluation import ForgettingMatrix, forgetting_matrix, session_scores
+from nse_tools.figures.folders import make_folder
 from nse_tools.figures.provenance import machine, versions
 
 _STYLE = """
@@ -64,8 +65,8 @@ class Report:
             If it cannot be written.
         """
         file = Path(path)
+        make_folder(file.parent)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(self.html, encoding="utf-8")
         except OSError as wrong:
             raise StorageError(f"The report could not be written to {file}: {wrong}. Give another path.") from wrong

@@ -53,7 +53,7 @@ def test_nothing_can_be_redone_after_a_new_edit_or_before_an_undo() -> None:
     with pytest.raises(SettingError, match="nothing to redo"):
         session.redo()
     session.rewind(to=0)
-    for wrong in (0, 3, -1):
+    for wrong in (0, 3, -1, 1.0, "1"):
         with pytest.raises(SettingError, match="rounds 1 to 2 were taken back"):
             session.redo(to=wrong)
     assert session.rewind(to=0) == []  # no change: what can come again still can
@@ -79,6 +79,7 @@ def test_branches_of_one_model_take_turns() -> None:
     twin = main.branch()
     assert (twin.name, twin.model, twin.rounds) == ("branch 1", main.model, main.rounds)
     assert twin.rounds[0] is first
+    assert repr(twin).startswith("EditSession(llama, 'branch 1': 1 rounds")
     edit(main, 1)
     two = weights(main.model)
     # the model is in main's state now: the branch is refused and told what to do

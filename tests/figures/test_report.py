@@ -118,7 +118,9 @@ def test_it_is_written_where_asked(session: EditSession, tmp_path: Path) -> None
     assert "<script" not in report._repr_html_().lower()
     assert "<style" not in report._repr_html_()
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="could not be written to .*file/report.html"):
+    with pytest.raises(StorageError, match="could not be written to .*deep"):
+        report.save(tmp_path / "deep")
+    with pytest.raises(StorageError, match="file cannot be made.*Give another one"):
         session.report(tmp_path / "file" / "report.html", measure=False)
 
 

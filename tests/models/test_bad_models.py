@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from models_small import CONTEXTS, build, build_hf, tokenizer
 from nse_tools.editing import EditSession, Method
 from nse_tools.errors import ModelError, SettingError, StorageError
+from nse_tools.evaluation.forgetting import matrix_of
 from nse_tools.facts import Fact
-from nse_tools.figures import session_report
+from nse_tools.figures import StreamResult, save_stream, session_report
 from nse_tools.models import embedded, load_model
 from nse_tools.tracing import Contexts, second_moments
 from nse_tools.tracing.corpus import sample_corpus
@@ -134,8 +136,17 @@ def test_an_embedded_model_that_is_there_is_read_without_a_lock(tmp_path: Path, 
         embedded.embedded_model_folder(progress=False)
 
 
-def test_a_report_cannot_be_written_into_a_file(tmp_path: Path) -> None:
+COLUMNS = ["after_round", "edited_in_round", "fact", "value"]
+
+
+def test_results_cannot_be_written_into_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     session = EditSession(build(), Method("x", (1,)), progress=False)
-    with pytest.raises(StorageError, match="Give another path"):
-        session_report(session, tmp_path / "file" / "report.html")
+    empty = StreamResult(session, session.to_frame(), matrix_of(pd.DataFrame(columns=COLUMNS), "efficacy"))
+    for write in (
+        lambda: session_report(session, tmp_path / "file" / "report.html"),
+        lambda: save_stream(empty, tmp_path / "file"),
+        lambda: save_stream(empty, tmp_path / "file" / "deep"),
+    ):
+        with pytest.raises(StorageError, match="cannot be made.*Give another one"):
+            write()
