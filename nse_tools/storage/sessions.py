@@ -61,7 +61,8 @@ def _check_continues(folder: SessionFolder, session: EditSession) -> None:
     there = folder.read(upto=0).about
     before = [there.unedited, *(entry.weights for entry in there.rounds)]
     now = [session.past.original, *(done.digest for done in session)]
-    if there.method != session.method or now[: len(before)] != before:
+    other_model = wrong_weights(there.model, ModelIdentity.of(session.model, session.method.layers))
+    if there.method != session.method or now[: len(before)] != before or other_model:
         raise StorageError(
             f"{folder.path} holds a session of {len(there.rounds)} rounds ({there.method.name}) that this one does not go on from. Give "
             "another folder, load that session with EditSession.load, or overwrite it: session.save(…, overwrite=True)."

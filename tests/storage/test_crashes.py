@@ -130,7 +130,9 @@ def states_during(action: Callable[[], object], folder: Path, copies: Path) -> l
 
 
 @pytest.mark.parametrize("what", ["edit", "undo", "rewind", "save", "first edit"])
-def test_killed_at_any_step_of_writing_it_is_one_state_or_the_other(what: str, tmp_path: Path) -> None:
+def test_killed_at_any_step_of_writing_it_is_one_state_or_the_other(
+    what: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     folder = tmp_path / "run"
     session = session_of(autosave=folder)
     for batch in ROUNDS[: 0 if what == "first edit" else 3]:
@@ -158,6 +160,7 @@ def test_killed_at_any_step_of_writing_it_is_one_state_or_the_other(what: str, t
         loaded.rewind(to=0)
     assert found[0] == before
     assert found[-1] == after
+    record_property("steps", len(states))
 
 
 # ---- cut off, damaged, lost -------------------------------------------------------------------------------------------
@@ -255,7 +258,9 @@ def test_several_rounds_lost_at_the_end_are_one_torn_tail(kept: tuple[Path, Edit
 # ---- full, unwritable, interrupted -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("what", ["edit", "undo", "first edit"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_disk_that_is_full_at_any_step_leaves_everything_as_it_was(error: BaseException, what: str, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_any_step_leaves_everything_as_it_was(
+    error: BaseException, what: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     session = session_of(autosave=tmp_path / "run")
     for batch in ROUNDS[: 0 if what == "first edit" else 2]:
         session.edit(batch)
@@ -293,6 +298,7 @@ def test_a_disk_that_is_full_at_any_step_leaves_everything_as_it_was(error: Base
         assert same_weights(weights_of(model), state)
         assert_same(read_session(tmp_path / "run").rounds if rounds else (), rounds, ignoring=())
     assert failures >= 5
+    record_property("failures", failures)
 
 
 def test_a_write_that_the_system_refuses_takes_the_edit_back(tmp_path: Path) -> None:
