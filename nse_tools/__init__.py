@@ -41,7 +41,9 @@ _HOME = {
     "NullSpace": "editing",
     "PreservedMoments": "editing",
     "TargetValues": "editing",
+    "ParameterChanges": "editing",
     "ValueCache": "editing",
+    "Verification": "editing",
     "calibrate": "editing",
     "collect_keys": "editing",
     "compute_values": "editing",
@@ -76,9 +78,11 @@ _HOME = {
     "retention": "evaluation",
     "score_facts": "evaluation",
     "weight_growth": "evaluation",
+    "Report": "figures",
     "run_stream": "figures",
     "save_comparison": "figures",
     "save_stream": "figures",
+    "session_report": "figures",
 }
 _ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "tracing", "widgets"}
 

@@ -53,6 +53,10 @@ class StateError(NSEError, RuntimeError):
     """The model's weights are not what the session says they are."""
 
 
+class StorageError(NSEError, RuntimeError):
+    """Something on disk that cannot be read, does not fit or cannot be written; names the file and says what to do."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name an unknown one probably meant.
 

@@ -2,6 +2,7 @@
 
 from nse_tools.editing import methods
 from nse_tools.editing.calibration import Calibration, calibrate
+from nse_tools.editing.changes import ParameterChanges
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.keys import FactStates, Keys, collect_keys, hidden_states
 from nse_tools.editing.method import Method
@@ -11,10 +12,12 @@ from nse_tools.editing.ordering import order_facts
 from nse_tools.editing.preview import EditPreview
 from nse_tools.editing.rounds import EditPass, EditRound, LayerStep
 from nse_tools.editing.session import EditSession
-from nse_tools.editing.solvers import LayerUpdate, PreservedMoments, solve_update
+from nse_tools.editing.solvers import PreservedMoments, solve_update
+from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.updating import write_values
 from nse_tools.editing.value_cache import ValueCache
 from nse_tools.editing.values import TargetValues, compute_values
+from nse_tools.editing.verification import Verification
 
 __all__ = [
     "Calibration",
@@ -30,9 +33,11 @@ __all__ = [
     "Method",
     "NeuronSelection",
     "NullSpace",
+    "ParameterChanges",
     "PreservedMoments",
     "TargetValues",
     "ValueCache",
+    "Verification",
     "calibrate",
     "collect_keys",
     "compute_values",

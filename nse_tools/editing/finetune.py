@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nse_tools.editing.guards import check_residuals, check_update
 from nse_tools.editing.keys import FactStates, Keys
 from nse_tools.editing.method import Method
 from nse_tools.editing.neurons import select_neurons
 from nse_tools.editing.rounds import TAKEN, EditPass, LayerStep
-from nse_tools.editing.solvers import LayerUpdate
+from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.updating import Stopwatch, Written
 from nse_tools.editing.value_search import MEMORY_BUDGET, tokens_within
 from nse_tools.editing.values import TargetValues
@@ -86,9 +87,11 @@ def fine_tune(
         found = _descend(model, method, facts.ids, rows, progress)
     with watch.time("apply"):
         update = _update(found.change, keys)
+        check_update(update, model.weight(layer), method, "fine-tuning")
         update.apply(model)
     with watch.time("states"):
         reached = states.hidden(layer)
+        check_residuals(reached, facts.ids, layer, "after fine-tuning")
     values = TargetValues(
         fact_ids=tuple(facts.ids),
         layer=layer,

@@ -17,7 +17,7 @@ class KeyHistory:
     """
 
     def __init__(self, rounds: Sequence[Mapping[int, Keys]] = ()) -> None:
-        self._rounds = list(rounds)
+        self._rounds: list[Mapping[int, Keys]] = list(rounds)
         # how many rounds are summed, and their sums: set in one go, so that an interrupt cannot count a round twice
         self._summed: tuple[int, dict[int, Tensor]] = (0, {})
 
@@ -37,7 +37,18 @@ class KeyHistory:
 
     def upto(self, rounds: int) -> KeyHistory:
         """Return the history of the first rounds only."""
-        return KeyHistory(self._rounds[:rounds])
+        return self.of(self._rounds[:rounds])
+
+    def of(self, rounds: Sequence[Mapping[int, Keys]]) -> KeyHistory:
+        """Return the history of other rounds; what is summed of the first of them here need not be summed again."""
+        other, (done, sums) = KeyHistory(rounds), self._summed
+        if done <= len(rounds) and all(mine is theirs for mine, theirs in zip(self._rounds[:done], rounds, strict=False)):
+            other._summed = (done, sums)
+        return other
+
+    def is_of(self, rounds: Sequence[Mapping[int, Keys]]) -> bool:
+        """Whether this is the history of exactly these rounds."""
+        return len(rounds) == len(self) and all(mine is theirs for mine, theirs in zip(self._rounds, rounds, strict=True))
 
     def stacked(self, layer: int) -> Tensor:
         """Return all keys of a layer, oldest first, (n_facts, d_ff)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -107,6 +107,8 @@ class Method:
         An update is refused where the condition number of λC + H is larger.
     preset : str, optional
         The preset the settings started from; a session refuses a model of another shape.
+    max_update_norm : float
+        An update of a layer is refused where ‖ΔW‖ is more than this many times ‖W‖; infinite: none is.
 
     Raises
     ------
@@ -153,8 +155,13 @@ class Method:
     ft_norm_constraint: float = math.inf
     max_condition: float = 1e14
     preset: str | None = None
+    max_update_norm: float = 100.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isprintable() or not self.name.strip():
+            raise SettingError(f"name={self.name!r:.80}: expected a printable text of one line.")
+        if isinstance(self.layers, str) or not isinstance(self.layers, Iterable):
+            raise SettingError(f"layers={self.layers!r}: expected a sequence of layer numbers, e.g. layers=(4, 5, 6).")
         object.__setattr__(self, "layers", tuple(self.layers))
         self._check_layers()
         for name, (low, high, what) in _RANGES.items():
@@ -230,7 +237,7 @@ class Method:
 
     def _check_layers(self) -> None:
         ascending = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
-        if not self.layers or not all(isinstance(i, int) and i >= 0 for i in self.layers) or not ascending:
+        if not self.layers or not all(type(i) is int and i >= 0 for i in self.layers) or not ascending:
             raise SettingError(f"layers={self.layers!r}: expected layer numbers in ascending order, none twice, at least one.")
 
     def _check_once(self) -> None:
@@ -288,4 +295,5 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "keep_share": (1e-12, 1, "a share in (0, 1]"),
     "compress_base": (1.0001, math.inf, "a base above 1"),
     "max_condition": (1, math.inf, "a condition number of at least 1"),
+    "max_update_norm": (1e-12, math.inf, "a multiple of ‖W‖ above 0, or infinity for no limit"),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from nse_tools.editing.keys import Keys
 from nse_tools.editing.method import Method
 from nse_tools.editing.null_space import NullSpace
-from nse_tools.editing.solvers import LayerUpdate
+from nse_tools.editing.updates import LayerUpdate
 
 
 def restrain(update: LayerUpdate, keys: Keys, method: Method, weight: Tensor, space: NullSpace | None) -> LayerUpdate:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nse_tools.editing.guards import check_residuals, check_update
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.keys import FactStates, Keys
 from nse_tools.editing.method import Method
 from nse_tools.editing.neurons import NeuronSelection, select_neurons
 from nse_tools.editing.rounds import ELSEWHERE, TAKEN, EditPass, LayerStep
-from nse_tools.editing.solvers import LayerUpdate, PreservedMoments, solve_update
+from nse_tools.editing.solvers import PreservedMoments, solve_update
+from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.updating import Stopwatch, Written, preserved_moments
 from nse_tools.editing.value_cache import ValueCache
 from nse_tools.editing.values import TargetValues, compute_values
@@ -76,6 +78,7 @@ def write_one_by_one(
     with watch.time("states"):
         states = FactStates.record(model, facts, contexts, layer, layer)
         hidden = [states.hidden(layer)]
+        check_residuals(hidden[0], facts.ids, layer, "before the round")
     with watch.time("keys"):
         keys = states.keys([layer])[layer]  # what the layer reads does not change with what it writes
     found: list[TargetValues] = []
@@ -89,10 +92,12 @@ def write_one_by_one(
             key = keys.take([i])
             selection = select_neurons(key, method.neuron_threshold, method.per, method.selection_rule)
             update = rank_one_update(key, z - hidden[-1][i], preserved, selection, max_condition=method.max_condition)
+            check_update(update, model.weight(layer), method, "solving for the update")
         with watch.time("apply"):
             update.apply(model)
         with watch.time("states"):
             hidden.append(states.hidden(layer))
+            check_residuals(hidden[-1], facts.ids, layer, f"after the update for {fact.id!r}")
         done.append((selection, update))
     values = values or TargetValues.join(found)
     norms = [tuple((values.z - h).norm(dim=1).tolist()) for h in hidden]

@@ -13,7 +13,7 @@ from nse_tools._show import table_html
 from nse_tools.editing.keys import Keys
 from nse_tools.editing.method import Method
 from nse_tools.editing.neurons import NeuronSelection
-from nse_tools.editing.solvers import LayerUpdate
+from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.values import TargetValues
 from nse_tools.errors import SettingError
 from nse_tools.facts import FactList
@@ -99,6 +99,9 @@ class EditRound:
         Changes made when the passes were over: growth held back (PRUNE).
     first_values : TargetValues, optional
         The values at the first layer, where that has targets of its own.
+    approximate : str
+        Why the updates may do less, or something else, here than where they were solved for: an earlier round was dropped from
+        below them, or they were taken over from a branch. Empty for a round that was made in its place.
     """
 
     number: int
@@ -112,6 +115,7 @@ class EditRound:
     digest: str
     after: tuple[LayerUpdate, ...] = field(default=(), repr=False)
     first_values: TargetValues | None = field(default=None, repr=False)
+    approximate: str = ""
 
     @property
     def updates(self) -> list[LayerUpdate]:
@@ -178,9 +182,10 @@ class EditRound:
         course = f"mean residual {sum(first) / n:.1f} → {sum(self.final_residuals) / n:.2f}"
         if self.values.way == "gradient":  # fine-tuning has no targets that it could miss
             course = f"states moved by {sum(first) / n:.1f} on average"
+        marked = f", APPROXIMATE: {self.approximate}" if self.approximate else ""
         return (
             f"EditRound({self.number}: {n} facts, {len(self.passes)} pass{'es' * (len(self.passes) != 1)}, {course}, "
-            f"{sum(self.seconds.values()):.1f} s{left_out})"
+            f"{sum(self.seconds.values()):.1f} s{left_out}{marked})"
         )
 
     def _repr_html_(self) -> str:

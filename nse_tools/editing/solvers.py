@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from nse_tools._show import table_html
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.keys import Keys
 from nse_tools.editing.neurons import NeuronSelection
+from nse_tools.editing.updates import LayerUpdate
 from nse_tools.errors import EditError
-from nse_tools.models import EditableModel
 
 if TYPE_CHECKING:
     from nse_tools.editing.null_space import NullSpace
@@ -160,90 +157,6 @@ class _WithOldKeys(PreservedMoments):
         return self._solved
 
 
-@dataclass(frozen=True)
-class LayerUpdate:
-    """ΔW of one layer as factors: ΔW[:, I] = left @ right, of which all entries or only some are kept; everywhere else 0.
-
-    Parameters
-    ----------
-    layer : int
-        The layer.
-    indices : Tensor
-        I, the neurons (columns of W) that change, (n_selected,).
-    left : Tensor
-        (d_model, n_facts) float32: the residuals' shares.
-    right : Tensor
-        (n_facts, n_selected) float32: (A⁻¹ K_I)ᵀ.
-    condition : float
-        Condition number of λC + H on I (an estimate).
-    norm : float
-        Frobenius norm of ΔW.
-    residual_before, residual_after : tuple of float
-        ‖r_j‖ of this layer's share before, and what the solve leaves of it, one for each fact.
-    fact_ids : tuple of str
-        The facts, in the order of the rows of ``right``.
-    kept : Tensor, optional
-        Which entries of left @ right are kept, (d_model, n_selected) bool; all by default.
-    """
-
-    layer: int
-    indices: Tensor = field(repr=False)
-    left: Tensor = field(repr=False)
-    right: Tensor = field(repr=False)
-    condition: float
-    norm: float
-    residual_before: tuple[float, ...] = field(repr=False)
-    residual_after: tuple[float, ...] = field(repr=False)
-    fact_ids: tuple[str, ...] = field(repr=False)
-    kept: Tensor | None = field(default=None, repr=False)
-
-    def delta(self) -> Tensor:
-        """Return ΔW[:, I], (d_model, n_selected) float64."""
-        product = self.left.double() @ self.right.double()
-        return product if self.kept is None else product * self.kept
-
-    def changed(self, keys: Keys, *, right: Tensor | None = None, kept: Tensor | None = None) -> LayerUpdate:
-        """Return the update with another right factor, or some entries only; its norm and what it leaves are counted anew.
-
-        Parameters
-        ----------
-        keys : Keys
-            K, the keys the update was solved for.
-        right : Tensor, optional
-            (n_facts, n_selected).
-        kept : Tensor, optional
-            (d_model, n_selected) bool.
-        """
-        new = replace(self, right=self.right if right is None else right.float(), kept=self.kept if kept is None else kept)
-        delta = new.delta()
-        left_over = self.left.double() - delta @ keys.values.double()[:, self.indices].T
-        return replace(new, norm=float(delta.norm()), residual_after=tuple(left_over.norm(dim=0).tolist()))
-
-    @torch.no_grad()
-    def apply(self, model: EditableModel) -> None:
-        """Add ΔW to the model's weight: the product in float64, rounded once to the weight's dtype."""
-        model.originals.keep([self.layer])
-        weight = model.weight(self.layer)
-        indices = self.indices.to(weight.device)
-        columns = weight[:, indices]
-        weight[:, indices] = (columns.double() + self.delta().to(weight.device)).to(weight.dtype)
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row a fact: its share of the residual before, and what the solve leaves of it."""
-        return pd.DataFrame(
-            {"fact": self.fact_ids, "layer": self.layer, "residual_before": self.residual_before, "residual_after": self.residual_after}
-        )
-
-    def __repr__(self) -> str:
-        return (
-            f"LayerUpdate(layer {self.layer}: {len(self.indices)} columns, rank ≤ {self.left.shape[1]}, ‖ΔW‖ {self.norm:.4g}, "
-            f"condition {self.condition:.2g})"
-        )
-
-    def _repr_html_(self) -> str:
-        return table_html(self.to_frame(), head=self)
-
-
 def solve_update(
     keys: Keys,
     residuals: Tensor,
@@ -301,7 +214,8 @@ def solve_update(
     share = residuals.double().T / layers_left
     update = (share.float(), right.float())
     if not all(bool(torch.isfinite(part).all()) for part in update):
-        raise EditError(f"Layer {keys.layer}: the update is not finite.")
+        bad = ~(torch.isfinite(update[0]).all(dim=0) & torch.isfinite(update[1]).all(dim=1))
+        raise EditError(f"Layer {keys.layer}: the update is not finite, at fact {keys.fact_ids[int(bad.nonzero()[0])]!r}.")
     moved = share @ (right @ keys.values.double()[:, selection.indices].T)
     return LayerUpdate(
         keys.layer,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nse_tools.editing.guards import check_residuals, check_update
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.keys import FactStates, Keys
 from nse_tools.editing.method import Method
@@ -18,7 +19,8 @@ from nse_tools.editing.neurons import select_neurons
 from nse_tools.editing.null_space import NullSpace, ProjectedMoments
 from nse_tools.editing.restraints import compress_growth, restrain
 from nse_tools.editing.rounds import ABOVE, BELOW, TAKEN, EditPass, LayerStep
-from nse_tools.editing.solvers import LayerUpdate, PreservedMoments, solve_update
+from nse_tools.editing.solvers import PreservedMoments, solve_update
+from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.values import TargetValues
 from nse_tools.errors import SettingError
 from nse_tools.facts import FactList
@@ -116,7 +118,7 @@ def write_values(
     model.originals.keep(layers)
     with watch.time("states"):
         states = FactStates.record(model, facts, contexts, layers[0], last)
-        residuals = values.z - states.hidden(last)
+        residuals = _residuals(states, values.z, last, "before the round")
     unit = float(residuals.norm(dim=1).mean()) if method.band_unit == "relative" else 1.0
     bases = bases or preserved_moments(method, moments)
     preserved = {layer: bases[layer].with_history(history) if method.use_history else bases[layer] for layer in layers}
@@ -129,11 +131,11 @@ def write_values(
             steps = _one_pass(model, method, targets, states, preserved, fates, watch, bar)
             passes.append(EditPass(number, fates, steps))
             with watch.time("states"):
-                residuals = values.z - states.hidden(last)
+                residuals = _residuals(states, values.z, last, f"after pass {number}")
     after = compress_weights(model, method, watch) if method.compress and passes else ()
     if after:
         with watch.time("states"):
-            residuals = values.z - states.hidden(last)
+            residuals = _residuals(states, values.z, last, "after growth was held back")
     with watch.time("keys"):
         keys = states.keys(layers)
     return Written(tuple(passes), tuple(residuals.norm(dim=1).tolist()), keys, after, first_values)
@@ -196,8 +198,9 @@ def _one_pass(
         with watch.time("states"):
             # the layers below this one do not change any more in this pass: move the stored states up to it
             states = states.enter(layer)
-            residuals = z - states.hidden(last)
-            own = residuals if at == last else target - states.hidden(at)
+            step = f"before the update of layer {layer}"
+            residuals = _residuals(states, z, last, step)
+            own = residuals if at == last else _residuals(states, target, at, step)
         with watch.time("keys"):
             keys = states.keys([layer])[layer].take(rows)
         with watch.time("solve"):
@@ -220,11 +223,19 @@ def _one_pass(
                 max_condition=method.max_condition,
             )
             update = restrain(update, keys, method, weight, preserved[layer].space)
+            check_update(update, weight, method, "solving for the update")
         with watch.time("apply"):
             update.apply(model)
         steps[layer] = LayerStep(layer, selection, update, tuple(residuals.norm(dim=1).tolist()))
         bar.update()
     return steps
+
+
+def _residuals(states: FactStates, target: Tensor, layer: int, step: str) -> Tensor:
+    """Return z − h^l of every fact under the weights of the moment, (n_facts, d_model), finite."""
+    residuals = target - states.hidden(layer)
+    check_residuals(residuals, states.fact_ids, layer, step)
+    return residuals
 
 
 def _fates(norms: Tensor, alpha: float, upper_bound: float) -> tuple[str, ...]:

@@ -277,7 +277,7 @@ def _tested(session: EditSession, round: int, batches: Sequence[FactList]) -> pd
 
 def _rounds(session: EditSession, perplexities: dict[int, float]) -> pd.DataFrame:
     """Return what the session notes of each round, behind one row for the unedited model."""
-    made = session.to_frame()
+    made = session.to_frame().drop(columns="approximate", errors="ignore")  # every round is made in its place here
     table = pd.concat([pd.DataFrame({"round": [0], "facts": [0]}), made], ignore_index=True)
     table.insert(1, "edits", table.facts.cumsum())
     table.insert(2, "perplexity", table["round"].map(perplexities))

@@ -7,12 +7,13 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from nse_tools.editing import Method
 from nse_tools.errors import SettingError
 from nse_tools.models.storage import SCRATCH
 
@@ -137,7 +138,10 @@ class ComparisonFolder:
         if not (place / ABOUT).exists():
             return None
         cell = _read(place)
-        if differing := _differences(cell.method, plain(method)):
+        # a setting younger than the cell acted as its default
+        asked = plain(method)
+        younger = {name: value for name, value in _defaults().items() if name in asked}
+        if differing := _differences({**younger, **cell.method}, asked):
             raise SettingError(
                 f"{place} was made with other settings of {method['name']!r}: {differing}. "
                 "Give the method another name, or delete that folder to have the cell made again."
@@ -182,6 +186,10 @@ def plain(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return data as it comes back from a JSON file."""
     result: dict[str, Any] = json.loads(json.dumps(dict(data)))
     return result
+
+
+def _defaults() -> dict[str, Any]:
+    return plain({f.name: f.default for f in fields(Method) if f.default is not MISSING})
 
 
 def digest_of_bytes(data: bytes) -> str:

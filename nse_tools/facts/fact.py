@@ -9,6 +9,8 @@ from typing import Any
 from nse_tools.errors import FactError
 
 SLOT = "{}"
+LONGEST = 100_000
+"""Characters of a text at most: no prompt is that long, and a file in which one is was made by mistake or malice."""
 _QUESTIONS = ("locality", "portability")
 
 
@@ -54,7 +56,8 @@ class Fact:
     Raises
     ------
     FactError
-        If a field is empty, has control characters, or the prompt does not have exactly one ``{}``.
+        If a field is not text or empty, has control characters, is no valid Unicode or absurdly long, or the prompt does not have
+        exactly one ``{}``.
     """
 
     id: str
@@ -73,15 +76,23 @@ class Fact:
     def __post_init__(self) -> None:
         for name in ("id", "subject", "prompt", "target_new"):
             self._check_text(name, getattr(self, name))
-        if self.target_true is not None:
-            self._check_text("target_true", self.target_true)
+        for name in ("target_true", "relation", "target_new_id"):
+            if (text := getattr(self, name)) is not None:
+                self._check_text(name, text)
         if (found := self.prompt.count(SLOT)) != 1:
             raise self._bad("prompt", self.prompt, f"it has {found} places '{{}}' for the subject, expected exactly one")
+        for name in ("paraphrases", "neighborhood", "generation", *_QUESTIONS):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            if not isinstance(getattr(self, name), tuple):
+                raise self._bad(name, getattr(self, name), f"expected a tuple, got {type(getattr(self, name)).__name__}")
         for name in ("paraphrases", "neighborhood", "generation"):
             for text in getattr(self, name):
                 self._check_text(name, text)
         for name in _QUESTIONS:
             for question in getattr(self, name):
+                if not isinstance(question, Question):
+                    raise self._bad(name, question, "expected a Question(prompt, answer)")
                 self._check_text(name, question.prompt)
                 self._check_text(name, question.answer)
 
@@ -100,7 +111,7 @@ class Fact:
     def from_dict(cls, plain: dict[str, Any]) -> Fact:
         """Build a fact from what :meth:`to_dict` returned."""
         data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
-        data |= {name: tuple(Question(*q) for q in data.get(name, ())) for name in _QUESTIONS}
+        data |= {name: tuple(Question(*q) if _is_pair(q) else q for q in data.get(name, ())) for name in _QUESTIONS}
         return cls(**data)
 
     def __repr__(self) -> str:
@@ -122,6 +133,14 @@ class Fact:
             raise self._bad(field, text, "it is empty")
         if any(ord(c) < 32 and c not in "\n\t" for c in text):
             raise self._bad(field, text, "it has control characters")
+        if len(text) > LONGEST:
+            raise self._bad(field, text, f"it has {len(text):,} characters, more than {LONGEST:,}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise self._bad(field, text, "it is no valid Unicode (half of a surrogate pair)")
 
     def _bad(self, field: str, value: object, why: str) -> FactError:
-        return FactError(f"Fact {self.id!r}, field {field!r}: {why} (got {value!r:.120}).")
+        return FactError(f"Fact {self.id!r:.80}, field {field!r}: {why} (got {value!r:.120}).")
+
+
+def _is_pair(question: object) -> bool:
+    return isinstance(question, list | tuple) and len(question) == 2

@@ -28,12 +28,17 @@ class FactList(Sequence[Fact]):
     Raises
     ------
     FactError
-        If two facts share an id.
+        If something is no fact, or two facts share an id.
     """
 
     def __init__(self, facts: Iterable[Fact], name: str = "facts") -> None:
+        if isinstance(facts, str) or not isinstance(facts, Iterable):
+            raise FactError(f"{name}: expected facts, got {facts!r:.80}. Load them (load_facts) or make them (Fact).")
         self._facts = tuple(facts)
         self.name = name
+        for place, fact in enumerate(self._facts):
+            if not isinstance(fact, Fact):
+                raise FactError(f"{name}: number {place} is no Fact but {fact!r:.80}. Fact.from_dict makes one from plain data.")
         twice = [i for i, n in Counter(f.id for f in self._facts).items() if n > 1]
         if twice:
             raise FactError(f"{name}: ids must be unique; {len(twice)} stand more than once, e.g. {twice[:3]}.")

@@ -39,19 +39,22 @@ def load_facts(source: str | Path = "world") -> FactList:
     if str(source) == "world":
         return world_facts()
     path = Path(source)
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name longer than any file's
+        there = False
+    if not there:
         raise FactError(_missing(str(source)))
     return FactList((read_record(r, n) for n, r in enumerate(_records(path))), path.name)
 
 
 def _records(path: Path) -> list[object]:
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            data: object = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            data = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as wrong:
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
+        data: object = _json_lines(text) if path.suffix == ".jsonl" else json.loads(text)
+    except OSError as wrong:
+        raise FactError(f"{path.name} cannot be read: {wrong}.") from wrong
+    except (ValueError, RecursionError) as wrong:  # malformed, not UTF-8, a number of thousands of digits, nested without end
         raise FactError(f"{path.name} is not valid JSON: {wrong}.") from wrong
     if not isinstance(data, list):
         raise FactError(f"{path.name}: expected a list of records, got {type(data).__name__}.")
@@ -60,7 +63,18 @@ def _records(path: Path) -> list[object]:
     return data
 
 
+def _json_lines(text: str) -> list[object]:
+    records: list[object] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except (ValueError, RecursionError) as wrong:
+                raise ValueError(f"line {number} of the file: {wrong}") from wrong
+    return records
+
+
 def _missing(source: str) -> str:
     if url := _ELSEWHERE.get(source.lower().replace("-", "_")):
         return f"{source!r} is not shipped with nse_tools. Download {url} and give the file's path: load_facts('…/{Path(url).name}')."
-    return f"No facts at {source!r}: neither a file nor a data set of the package." + nearest(source, ["world", *_ELSEWHERE])
+    return f"No facts at {source!r:.200}: neither a file nor a data set of the package." + nearest(source, ["world", *_ELSEWHERE])

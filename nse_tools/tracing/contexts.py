@@ -37,6 +37,8 @@ class Contexts:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.prefixes, str) or not all(isinstance(prefix, str) for prefix in self.prefixes):
+            raise SettingError(f"prefixes: expected a tuple of texts; got {self.prefixes!r:.200}.")
         if not self.prefixes or self.prefixes[0] != "" or "" in self.prefixes[1:]:
             raise SettingError(f"prefixes: the first must be empty (the bare prompt) and no other; got {self.prefixes!r}.")
 

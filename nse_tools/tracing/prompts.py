@@ -75,12 +75,18 @@ def locate(model: EditableModel, prompt: str, subject: str, *, prefix: str = "",
     Raises
     ------
     FactError
-        If the target tokenizes to nothing.
+        If the target tokenizes to nothing, the tokenizer has no token for the subject's end, or the model has no room for it all.
     """
     before, after = prompt.split(SLOT)
     text = prefix + before + subject + after
     end = len(prefix + before + subject.rstrip())
-    found = _locate(model, text, end, target, led=False)
+    try:
+        found = _locate(model, text, end, target, led=False)
+    except ModelError as wrong:
+        raise FactError(
+            f"the tokenizer has no token for {text[end - 1]!r}, the end of the subject {subject!r:.80}, so that there is no place to edit "
+            "it at; does its normalizer leave it out?"
+        ) from wrong
     if found.position == 0:
         found = _locate(model, LEAD + text, end + len(LEAD), target, led=True)
         if found.position == 0:
@@ -121,6 +127,8 @@ def _locate(model: EditableModel, text: str, end: int, target: str | None, led: 
     start = encoding.last_token_before(len(text)) + 1 if target is not None else len(encoding.ids)
     # some tokenizers end every text with a special token; it belongs to no target and must not follow a prompt
     stop = max((i + 1 for i, (a, b) in enumerate(encoding.spans) if b > a), default=0)
+    if model.n_positions is not None and stop > model.n_positions:
+        raise FactError(f"{text!r:.80} takes {stop} tokens with its target, and {model.name} has room for {model.n_positions}.")
     if target is not None and start >= stop:
         raise FactError(f"the target {target!r} tokenizes to nothing after {text!r:.80}.")
     return LocatedPrompt(encoding.ids[:stop], encoding.last_token_before(end), min(start, stop), led)

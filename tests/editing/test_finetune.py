@@ -9,7 +9,7 @@ import torch
 
 from models_small import CONTEXTS, FACTS, build
 from nse_tools.editing import EditSession, compute_values, finetune, hidden_states, methods
-from nse_tools.editing import session as session_module
+from nse_tools.editing import session_state as session_module
 from nse_tools.editing.finetune import fine_tune
 from nse_tools.errors import EditError, SettingError
 from nse_tools.facts import Fact, FactList

@@ -361,6 +361,17 @@ def test_other_facts_settings_or_model_are_refused_and_nothing_is_written(tmp_pa
     assert {name: held[0] for name, held in after.items()} == {name: held[0] for name, held in before.items()}
 
 
+def test_a_cell_older_than_a_setting_was_made_with_its_default(tmp_path: Path) -> None:
+    made = run([NSE], folder=tmp_path)
+    (about,) = (tmp_path / "cells").glob("*/cell.json")
+    cell = json.loads(about.read_text())
+    assert cell["method"].pop("max_update_norm") == 100
+    about.write_text(json.dumps(cell))
+    assert run([NSE], folder=tmp_path).scores.equals(made.scores)  # read, not made again
+    with pytest.raises(SettingError, match="max_update_norm is 100.0 there, 5.0 was asked for"):
+        run([NSE.with_(max_update_norm=5.0)], folder=tmp_path)
+
+
 def test_methods_and_seeds_can_be_added_later(tmp_path: Path) -> None:
     run([MEMIT], folder=tmp_path)
     both = run([NSE, MEMIT], folder=tmp_path, seeds=(0, 1))

@@ -1,0 +1,172 @@
+"""What a round is checked for, before, during and after each step; every refusal names the fact, the layer and the step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from nse_tools.editing import methods
+from nse_tools.editing.method import Method
+from nse_tools.editing.updates import LayerUpdate
+from nse_tools.editing.values import TargetValues
+from nse_tools.errors import EditError, FactError, SettingError
+from nse_tools.facts import Fact, FactList
+from nse_tools.models import EditableModel
+from nse_tools.models.interrupts import uninterrupted
+from nse_tools.models.weights import copy_of, write_weights
+from nse_tools.tracing.moments import SecondMoments
+
+
+# ---- before a round --------------------------------------------------------------------------------------------------
+def check_batch(facts: FactList) -> None:
+    """Refuse a batch that is empty or contradicts itself: one prompt and subject with two new targets.
+
+    Raises
+    ------
+    FactError
+        Naming the facts.
+    """
+    if not len(facts):
+        raise FactError("There are no facts to edit.")
+    targets: dict[str, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        targets[fact.text].append(fact)
+    for text, same in targets.items():
+        if len({f.target_new for f in same}) > 1:
+            said = ", ".join(f"{f.id!r} → {f.target_new!r}" for f in same[:5]) + (f" and {len(same) - 5} more" if len(same) > 5 else "")
+            raise FactError(
+                f"Facts of one round contradict each other: {text!r:.200}: {said}. Edit them in different rounds, "
+                "or keep one of them: FactList.resolve_conflicts(policy)."
+            )
+
+
+def check_values(values: TargetValues, facts: FactList, method: Method, width: int) -> None:
+    """Refuse given target values that are of other facts, of another layer or model, or not finite.
+
+    Raises
+    ------
+    FactError
+        Naming the fact, or the layer.
+    """
+    if values.fact_ids != tuple(facts.ids) or values.layer != method.last_layer:
+        raise FactError(f"The given values are of other facts or of layer {values.layer}, not {method.last_layer}.")
+    if values.z.shape != (len(facts), width):
+        raise FactError(
+            f"The given values have shape {tuple(values.z.shape)}; {len(facts)} facts of this model need {(len(facts), width)}."
+        )
+    if (bad := first_bad(values.z)) is not None:
+        raise FactError(f"Fact {values.fact_ids[bad]!r}: the given value at layer {values.layer} is not finite.")
+
+
+def check_moments(moments: SecondMoments, layers: Sequence[int], d_ff: int) -> None:
+    """Refuse key statistics C that are of another width, or not finite.
+
+    Raises
+    ------
+    SettingError
+        Naming the layer.
+    """
+    for layer in sorted(set(layers) & set(moments.layers)):  # fine-tuning needs none
+        matrix = moments[layer]
+        if matrix.shape != (d_ff, d_ff):
+            raise SettingError(
+                f"Layer {layer}: the key statistics C have shape {tuple(matrix.shape)}, but keys of this model have {d_ff} coordinates; "
+                "they are of another model."
+            )
+        if not bool(torch.isfinite(matrix).all()):
+            raise SettingError(f"Layer {layer}: the key statistics C ({moments.source}) are not finite; compute them anew.")
+
+
+def check_preset(method: Method, model: EditableModel) -> None:
+    """Refuse a preset that was made for a model of another shape.
+
+    Raises
+    ------
+    SettingError
+        With both shapes.
+    """
+    if method.preset is None or method.preset not in methods.presets():
+        return
+    made_for = methods.presets()[method.preset]["model"]
+    found = {"n_layers": model.n_layers, "d_model": model.d_model, "d_ff": model.d_ff}
+    if made_for != found:
+        raise SettingError(
+            f"The preset {method.preset!r} was made for a model of shape {made_for}; {model.name} has {found}. "
+            "Use its own preset, or preset=None with layers=… and settings for this model (alpha relative: band_unit='relative')."
+        )
+
+
+# ---- during a round --------------------------------------------------------------------------------------------------
+def check_residuals(residuals: Tensor, fact_ids: Sequence[str], layer: int, step: str) -> None:
+    """Refuse states h or residuals z − h, (n_facts, d_model), that are not finite.
+
+    Raises
+    ------
+    EditError
+        Naming fact, layer and step.
+    """
+    if (bad := first_bad(residuals)) is not None:
+        raise EditError(
+            f"Fact {fact_ids[bad]!r}, {step}: its state at layer {layer} is not finite; the model may be broken already "
+            "(session.verify() compares its weights with the record), or its states overflow in half precision."
+        )
+
+
+def check_update(update: LayerUpdate, weight: Tensor, method: Method, step: str) -> None:
+    """Refuse an update that is not finite, or absurdly large beside the weight it is added to.
+
+    Raises
+    ------
+    EditError
+        Naming layer and step, and the fact where it can be told.
+    """
+    for name, part, facts_at in (("left", update.left, 1), ("right", update.right, 0)):
+        if (bad := first_bad(part.movedim(facts_at, 0))) is not None:
+            one_each = len(update.fact_ids) == part.shape[facts_at]
+            whose = f"Fact {update.fact_ids[bad]!r}, layer" if one_each else "Layer"
+            raise EditError(f"{whose} {update.layer}, {step}: the update is not finite (its {name} factor).")
+    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    if not update.norm <= method.max_update_norm * norm:
+        raise EditError(
+            f"Layer {update.layer}, {step}: ‖ΔW‖ is {update.norm:.3g}, {_ratio(update.norm, norm)} times ‖W‖ = {norm:.3g} and above "
+            f"max_update_norm={method.max_update_norm:g}. Such an update leaves nothing of the layer: take a larger mom2_update_weight or "
+            "key statistics of more tokens, or raise max_update_norm."
+        )
+
+
+def _ratio(norm: float, weight: float) -> str:
+    return f"{norm / weight:.3g}" if weight else "∞"
+
+
+def first_bad(rows: Tensor) -> int | None:
+    """Return the number of the first row that is not finite."""
+    bad = ~torch.isfinite(rows.reshape(len(rows), -1)).all(dim=1)
+    return int(bad.nonzero()[0]) if bool(bad.any()) else None
+
+
+# ---- around every verb -----------------------------------------------------------------------------------------------
+@contextmanager
+def all_or_nothing(model: EditableModel, layers: Sequence[int], state: Callable[[], object]) -> Iterator[None]:
+    """Put the weights back if the ``with`` block is left by an error or interrupt before its one decisive assignment.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model.
+    layers : sequence of int
+        The layers whose weights may change.
+    state : callable
+        Returns what the block assigns when its work is done: as long as it returns the same object, nothing has happened.
+    """
+    before, start = {layer: copy_of(model.weight(layer)) for layer in layers}, state()
+    try:
+        yield
+    except BaseException:
+        with uninterrupted():
+            if state() is start:
+                write_weights(model, before)
+        raise

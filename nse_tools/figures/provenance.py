@@ -1,0 +1,35 @@
+"""Where results come from: model, settings, inputs, versions and machine of a session, as plain data."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import torch
+
+from nse_tools.editing import EditSession
+
+
+def settings_of(session: EditSession) -> dict[str, object]:
+    """Return all that a session's results depend on, as plain data for a JSON file."""
+    return {
+        "model": session.model.name,
+        "model_fingerprint": session.model.fingerprint(),
+        "method": session.method.to_dict(),
+        "seed": session.seed,
+        "contexts": list(session.contexts.prefixes),
+        "moments": {"n_tokens": session.moments.n_tokens, "source": session.moments.source},
+        "facts": [batch.ids for batch in session.facts],
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that a result depends on."""
+    return {name: version(name) for name in ("nse_tools", "torch", "transformers", "nnsight")}
+
+
+def machine() -> dict[str, object]:
+    """Return what of the machine decides the last bits of a result."""
+    return {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()}
