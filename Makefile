@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := nse_tools tests benchmarks notebooks
 
-.PHONY: demo test test-long bench lab lint model clean
+.PHONY: demo test test-long bench figures lab lint model clean
 
 demo: model            ## the main job: 100 edits in 5 rounds; table and figures into runs/demo
 	$(BIN)/nse-tools demo --out runs/demo
@@ -17,6 +17,9 @@ test-long: model       ## what takes long: more edits, more seeds
 
 bench: model           ## every benchmark, engine beside the plain way; csv files into runs/bench
 	$(BIN)/python benchmarks/run_all.py
+
+figures: .venv/ready   ## every figure of README and docs anew, from stored results, into docs/images; no model
+	$(BIN)/python -m nse_tools.figures.regenerate
 
 lab: .venv/ready       ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -33,7 +36,7 @@ model: .venv/ready     ## fetch and convert the embedded model, once
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ui,ability,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ui,ability,export,dev]"
 	touch $@
 
 clean:                 ## remove the environment and all runs

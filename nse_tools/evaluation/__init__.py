@@ -1,4 +1,4 @@
-"""Measuring: scores per fact and round, forgetting and retention, fluency, consistency, perplexity, drift, what a model knows."""
+"""Measuring: scores per fact and round, forgetting and retention, text, drift, what a model knows, neurons, lost facts."""
 
 from nse_tools.evaluation.ability import AbilityScores, session_ability
 from nse_tools.evaluation.collapse import CollapseDetector, CollapseReport, CollapseSigns
@@ -12,9 +12,16 @@ from nse_tools.evaluation.forgetting import ForgettingMatrix, forgetting_matrix,
 from nse_tools.evaluation.generation import GeneratedTexts, generate_texts, session_texts
 from nse_tools.evaluation.growth import weight_growth
 from nse_tools.evaluation.known import knowledge
+from nse_tools.evaluation.lost import LostFacts, lost_facts
+from nse_tools.evaluation.neuron_card import NeuronCard, neuron_card
+from nse_tools.evaluation.neuron_map import NeuronMap, neuron_map
+from nse_tools.evaluation.neuron_usage import NeuronUsage, neuron_usage
 from nse_tools.evaluation.perplexity import passages, perplexity
+from nse_tools.evaluation.probing import PromptProbe, probe_prompt
 from nse_tools.evaluation.retention import Retention, retention, session_retention
 from nse_tools.evaluation.scores import FactScores, harmonic_mean, score_facts
+from nse_tools.evaluation.shift import HiddenShift, hidden_shift
+from nse_tools.evaluation.spectra import UpdateSpectra, update_spectra
 
 __all__ = [
     "AbilityScores",
@@ -29,22 +36,35 @@ __all__ = [
     "Fluency",
     "ForgettingMatrix",
     "GeneratedTexts",
+    "HiddenShift",
+    "LostFacts",
+    "NeuronCard",
+    "NeuronMap",
+    "NeuronUsage",
     "NextTokens",
+    "PromptProbe",
     "ReferenceTexts",
     "Retention",
+    "UpdateSpectra",
     "compare",
     "consistency",
     "fluency",
     "forgetting_matrix",
     "generate_texts",
     "harmonic_mean",
+    "hidden_shift",
     "knowledge",
     "load_comparison",
     "load_reference_texts",
+    "lost_facts",
+    "neuron_card",
+    "neuron_map",
+    "neuron_usage",
     "next_token_drift",
     "ngram_entropy",
     "passages",
     "perplexity",
+    "probe_prompt",
     "retention",
     "round_scores",
     "score_continuations",
@@ -56,5 +76,6 @@ __all__ = [
     "session_retention",
     "session_scores",
     "session_texts",
+    "update_spectra",
     "weight_growth",
 ]

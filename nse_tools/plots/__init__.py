@@ -2,20 +2,54 @@
 
 from nse_tools.plots.calibration import calibration
 from nse_tools.plots.comparison import comparison_curve
-from nse_tools.plots.forgetting import forgetting_curve, forgetting_matrix
-from nse_tools.plots.residuals import residuals
+from nse_tools.plots.exporting import export, export_all
+from nse_tools.plots.forgetting import forgetting_cohorts, forgetting_curve, forgetting_matrix, retention
+from nse_tools.plots.lost import lost_facts
+from nse_tools.plots.neurons import neuron_card, neuron_map, neuron_overlap, neuron_scores, neuron_usage
+from nse_tools.plots.performance import round_seconds, search_speed
+from nse_tools.plots.probing import hidden_shift, logit_lens, next_tokens, prompt_rounds
+from nse_tools.plots.residuals import layer_contributions, residual_map, residuals, skipped_facts
 from nse_tools.plots.scores import scores
-from nse_tools.plots.theme import COLORS, TEMPLATE
-from nse_tools.plots.values import value_search
+from nse_tools.plots.sizing import COLUMN, at_width
+from nse_tools.plots.theme import COLORS, DARK, TEMPLATE, dark
+from nse_tools.plots.updates import update_directions, update_norms, update_spectrum
+from nse_tools.plots.values import value_parts, value_search
 
 __all__ = [
     "COLORS",
+    "COLUMN",
+    "DARK",
     "TEMPLATE",
+    "at_width",
     "calibration",
     "comparison_curve",
+    "dark",
+    "export",
+    "export_all",
+    "forgetting_cohorts",
     "forgetting_curve",
     "forgetting_matrix",
+    "hidden_shift",
+    "layer_contributions",
+    "logit_lens",
+    "lost_facts",
+    "neuron_card",
+    "neuron_map",
+    "neuron_overlap",
+    "neuron_scores",
+    "neuron_usage",
+    "next_tokens",
+    "prompt_rounds",
+    "residual_map",
     "residuals",
+    "retention",
+    "round_seconds",
     "scores",
+    "search_speed",
+    "skipped_facts",
+    "update_directions",
+    "update_norms",
+    "update_spectrum",
+    "value_parts",
     "value_search",
 ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from nse_tools.plots.theme import COLORS, MEAN, TEMPLATE, plain
+from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, panels
 
 if TYPE_CHECKING:
     from nse_tools.editing import Calibration
@@ -27,25 +26,13 @@ def calibration(found: Calibration, title: str | None = None) -> go.Figure:
     """
     method = found.method
     layers = ", ".join(map(str, method.layers))
-    fig = make_subplots(
-        cols=3,
-        horizontal_spacing=0.09,
-        subplot_titles=("Where a fact is looked up", "How much one pass closes", "How fast a value is found"),
-    )
+    said = f"{found.model}: layers {layers}, λ {method.mom2_update_weight:g}, v_lr {method.v_lr:g} from {len(found.fact_ids)} facts"
+    names = ("Where a fact is looked up", "How much one pass closes", "How fast a value is found")
+    fig = panels(title or said, names, width=1250, gap=0.09)
     _add_trace(fig, found)
     _add_weights(fig, found)
     _add_rates(fig, found)
-    fig.update_layout(
-        template=TEMPLATE,
-        title_text=plain(
-            title
-            or f"{found.model}: layers {layers}, λ {method.mom2_update_weight:g}, v_lr {method.v_lr:g} from {len(found.fact_ids)} facts"
-        ),
-        width=1250,
-        height=430,
-        margin={"t": 90},
-        legend={"x": 1.01, "xanchor": "left", "y": 0.95},
-    )
+    fig.update_layout(legend={"x": 1.01, "xanchor": "left", "y": 0.95})
     return fig
 
 
@@ -74,9 +61,9 @@ def _add_trace(fig: go.Figure, found: Calibration) -> None:
 def _add_weights(fig: go.Figure, found: Calibration) -> None:
     table = found.weights
     for column in table.columns[2:]:
-        _add_line(fig, _WEIGHT, table.weight.tolist(), table[column].tolist(), "rgba(0, 114, 178, 0.35)", column, 1)
+        _add_line(fig, _WEIGHT, table.weight.tolist(), table[column].tolist(), EACH, column, 1)
     _add_line(fig, _WEIGHT, table.weight.tolist(), table.closed.tolist(), MEAN, "one pass", 3)
-    fig.add_vline(x=found.method.mom2_update_weight, line={"color": "#888888", "dash": "dot"}, row=1, col=_WEIGHT)
+    fig.add_vline(x=found.method.mom2_update_weight, line={"color": GUIDE, "dash": "dot"}, row=1, col=_WEIGHT)
     fig.update_xaxes(type="log", title_text="λ (dotted: chosen)", row=1, col=_WEIGHT)
     fig.update_yaxes(title_text="share of the residuals closed", range=[0, 1.02], row=1, col=_WEIGHT)
 

@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import COLORS, faint, figure, plain
+from nse_tools.plots.theme import faint, figure, plain, style
 
 if TYPE_CHECKING:
     from nse_tools.evaluation import Comparison
 
-_DASHES = ("solid", "dash", "dot")
-_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down", "pentagon")
 _NAMES = {"score": "Score", "efficacy_accuracy": "accuracy on rewrites"}
 
 
-def comparison_curve(comparison: Comparison, measure: str = "score", facts_of: int | None = None, title: str | None = None) -> go.Figure:
+def comparison_curve(
+    comparison: Comparison | pd.DataFrame, measure: str = "score", facts_of: int | None = None, title: str | None = None
+) -> go.Figure:
     """Draw a measure against the number of edits: a line a method (mean over seeds), a band from the lowest seed to the highest.
 
     Perplexity has a logarithmic axis and starts at the unedited model; of other measures round 0 is left out.
 
     Parameters
     ----------
-    comparison : Comparison
-        What :func:`nse_tools.compare` returned.
+    comparison : Comparison or DataFrame
+        What :func:`nse_tools.compare` returned, or what its :meth:`Comparison.curve` returned for this measure.
     measure : str
         As in :meth:`Comparison.curve`.
     facts_of : int, optional
@@ -34,14 +34,14 @@ def comparison_curve(comparison: Comparison, measure: str = "score", facts_of: i
     title : str, optional
         Instead of the finding.
     """
-    table = over_seeds(comparison.curve(measure, facts_of), with_unedited=measure == "perplexity")
+    curve = comparison if isinstance(comparison, pd.DataFrame) else comparison.curve(measure, facts_of)
+    table = over_seeds(curve, with_unedited=measure == "perplexity")
     name, of = _NAMES.get(measure, measure.replace("_", " ")), "" if facts_of is None else f", facts of round {facts_of}"
     ends = table.groupby("method", sort=False).tail(1)
     found = ", ".join(f"{method} {value:.1f}" for method, value in zip(ends.method, ends["mean"], strict=True))
     unit = "" if measure == "perplexity" else " (percent)"
-    fig = figure(title or f"{name}{of} at the end: {found}", "facts edited so far", f"{name}{of}{unit}")
-    if not title and len(found) > 60:  # a long finding would run out of the figure
-        fig.update_layout(title_text=plain(f"{name}{of}"))
+    long = len(ends) > 5  # then the finding would be a list of numbers
+    fig = figure(title or (f"{name}{of}" if long else f"{name}{of} at the end: {found}"), "facts edited so far", f"{name}{of}{unit}")
     for number, (method, line) in enumerate(table.groupby("method", sort=False)):
         _add_line(fig, str(method), line, number)
     if measure == "perplexity":
@@ -64,7 +64,7 @@ def over_seeds(curve: pd.DataFrame, with_unedited: bool = False) -> pd.DataFrame
 
 
 def _add_line(fig: go.Figure, method: str, line: pd.DataFrame, number: int) -> None:
-    color, name = COLORS[number % len(COLORS)], plain(method)
+    look, name = style(number), plain(method)
     if not math.isfinite(line["mean"].iloc[-1]):
         name += " (∞ at the end)"
     finite = line[line.high < math.inf]
@@ -74,7 +74,7 @@ def _add_line(fig: go.Figure, method: str, line: pd.DataFrame, number: int) -> N
                 x=[*finite.edits, *finite.edits[::-1]],
                 y=[*finite.high, *finite.low[::-1]],
                 fill="toself",
-                fillcolor=faint(color),
+                fillcolor=faint(look["line"]["color"]),
                 line={"width": 0},
                 mode="lines",
                 hoverinfo="skip",
@@ -89,8 +89,8 @@ def _add_line(fig: go.Figure, method: str, line: pd.DataFrame, number: int) -> N
             y=finite["mean"].tolist(),
             customdata=finite[["low", "high"]].to_numpy().tolist(),
             mode="lines+markers",
-            line={"color": color, "dash": _DASHES[number // len(COLORS) % len(_DASHES)]},
-            marker={"symbol": _MARKERS[number % len(_MARKERS)], "size": 7},
+            line=look["line"],
+            marker=look["marker"] | {"size": 7},
             name=name,
             legendgroup=name,
             hovertemplate="%{x} edits: %{y:.2f} (seeds %{customdata[0]:.2f} to %{customdata[1]:.2f})<extra>" + name + "</extra>",

@@ -8,15 +8,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from nse_tools.errors import SettingError
-from nse_tools.plots.theme import COLORS, figure, plain
-
-_DASHES = ("solid", "dash", "dot", "dashdot")
+from nse_tools.plots.theme import COLORS, DASHES, figure, plain, style
 
 
 def scores(
     tables: pd.DataFrame | Mapping[str, pd.DataFrame], measures: Sequence[str] = ("score", "specificity"), title: str | None = None
 ) -> go.Figure:
-    """Draw measures against the number of edits: a colour a session, a dash a measure.
+    """Draw measures against the number of edits: a colour a measure; of several sessions a colour a session and a dash a measure.
 
     Parameters
     ----------
@@ -32,6 +30,7 @@ def scores(
     SettingError
         If a table does not have a measure.
     """
+    single = not isinstance(tables, Mapping)
     named = dict(tables) if isinstance(tables, Mapping) else {"": tables}
     last = ", ".join(f"{name} {table[measures[0]].iloc[-1]:.1f}".strip() for name, table in named.items() if measures[0] in table)
     fig = figure(title or f"{measures[0].capitalize()} after the last round: {last}", "facts edited so far", "percent")
@@ -47,7 +46,8 @@ def scores(
                     y=edited[measure].tolist(),
                     mode="lines+markers",
                     name=label,
-                    line={"color": COLORS[number % len(COLORS)], "dash": _DASHES[kind % len(_DASHES)]},
+                    line=style(kind)["line"] if single else {"color": COLORS[number % len(COLORS)], "dash": DASHES[kind % len(DASHES)]},
+                    marker=style(kind if single else number)["marker"] | {"size": 7},
                     hovertemplate=f"{label}, %{{x}} facts: %{{y:.2f}} %<extra></extra>",
                 )
             )

@@ -1,49 +1,156 @@
-"""One look for all figures: a plotly template that is legible on paper and in a dark notebook, and colour-blind safe."""
+"""One look for all figures: plotly templates for paper and for dark notebooks, legible and colour-blind safe."""
 
 from __future__ import annotations
 
 import html
+import textwrap
+from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 """Okabe and Ito's colours, which people with any colour vision can tell apart."""
 SEQUENTIAL = "Cividis"
-MEAN, EACH = COLORS[1], "rgba(0, 114, 178, 0.25)"
+DIVERGING = "RdBu_r"
+MEAN, EACH = COLORS[1], "rgba(75, 165, 225, 0.6)"
+GUIDE = "#888888"
+"""Lines that mark a limit or a border: visible on white and on black."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+UNDER = {
+    "orientation": "h",
+    "x": 0,
+    "xref": "container",
+    "xanchor": "left",
+    "y": 0,
+    "yref": "container",
+    "yanchor": "bottom",
+}
+"""A legend below the plot, in rows."""
+TITLE = 15
+"""Size of a title's font, pixels."""
+MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down", "pentagon")
 
-_AXIS = {"showline": True, "linecolor": "#888888", "gridcolor": "rgba(128,128,128,0.25)", "ticks": "outside", "zeroline": False}
 
-TEMPLATE = go.layout.Template(
-    layout={
-        "font": {"family": "Helvetica, Arial, sans-serif", "size": 13, "color": "#333333"},
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
-        "colorway": list(COLORS),
-        "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 15}},
-        "margin": {"l": 70, "r": 30, "t": 70, "b": 60},
-        "xaxis": _AXIS,
-        "yaxis": _AXIS,
-        "legend": {"bgcolor": "rgba(255,255,255,0)"},
-        "hoverlabel": {"font": {"family": "Menlo, Consolas, monospace"}},
+def _template(paper: str, ink: str, grid: str) -> go.layout.Template:
+    axis = {
+        "showline": True,
+        "linecolor": GUIDE,
+        "gridcolor": grid,
+        "ticks": "outside",
+        "tickcolor": GUIDE,
+        "zeroline": False,
+        "automargin": True,
+        "title": {"standoff": 8, "font": {"size": 13}},
     }
-)
+    layout = {
+        "font": {"family": "Helvetica, Arial, sans-serif", "size": 13, "color": ink},
+        "paper_bgcolor": paper,
+        "plot_bgcolor": paper,
+        "colorway": list(COLORS),
+        "title": {
+            "x": 0,
+            "xref": "container",
+            "xanchor": "left",
+            "pad": {"l": 14, "t": 14},
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "font": {"size": TITLE},
+        },
+        "margin": {"l": 60, "r": 24, "t": 48, "b": 40},
+        "xaxis": axis,
+        "yaxis": axis,
+        "legend": {"bgcolor": "rgba(0,0,0,0)"},
+        "hoverlabel": {"font": {"family": "Menlo, Consolas, monospace"}},
+        "hovermode": "closest",
+    }
+    return go.layout.Template(
+        layout=layout,
+        data={"heatmap": [{"colorbar": {"outlinewidth": 0, "thickness": 14, "tickcolor": GUIDE, "title": {"font": {"size": 13}}}}]},
+    )
 
 
-def figure(title: str, x: str, y: str, **layout: object) -> go.Figure:
-    """Return an empty figure in the house's look; title and axis titles are taken as plain text."""
+TEMPLATE = _template("white", "#333333", "rgba(128,128,128,0.25)")
+DARK = _template("#111111", "#dddddd", "rgba(160,160,160,0.22)")
+"""The same on the black of dark JupyterLab; :func:`dark` puts it on."""
+
+
+def figure(title: str, x: str, y: str, *, above: int = 0, tall: bool = False, **layout: Any) -> go.Figure:
+    """Return an empty figure in the house's look; title and axis titles are taken as plain text.
+
+    ``above`` is room, in pixels, for what is written between title and plot; a ``tall`` figure has a row for each of many labels,
+    and keeps its height where it gets narrower.
+    """
     fig = go.Figure()
-    fig.update_layout({"template": TEMPLATE, "title_text": plain(title), "width": 720, "height": 430} | layout)
+    fig.update_layout({"template": TEMPLATE, "width": 720, "height": 430, "meta": {"panels": 1, "above": above, "tall": tall}} | layout)
     fig.update_xaxes(title_text=plain(x))
     fig.update_yaxes(title_text=plain(y))
-    return fig
+    return titled(fig, title)
 
 
-def faint(color: str) -> str:
+def panels(title: str, names: Sequence[str], *, width: int = 1100, height: int = 430, gap: float = 0.1, tall: bool = False) -> go.Figure:
+    """Return an empty figure of several panels side by side, each with its name above; narrow layouts stack them."""
+    fig = make_subplots(cols=len(names), horizontal_spacing=gap, subplot_titles=[plain(n) for n in names])
+    fig.update_layout(template=TEMPLATE, width=width, height=height, meta={"panels": len(names), "above": 22, "tall": tall})
+    fig.update_annotations(font_size=13)
+    return titled(fig, title)
+
+
+def titled(fig: go.Figure, title: str, size: float = TITLE) -> go.Figure:
+    """Give a figure a title (plain text), broken into lines that fit its width, and the room they need."""
+    lines = wrapped(title, fig.layout.width, size)
+    more = 1.3 * size * lines.count("<br>")
+    room = 2.6 * size + more if lines else size
+    fig.update_layout(title_text=lines, margin_t=round(room + (fig.layout.meta or {}).get("above", 0)))
+    # plotly moves a title up by half of each further line
+    return fig.update_layout(title_font_size=size, title_pad={"l": round(0.9 * size), "t": round(0.9 * size + more / 2)})
+
+
+def dark(fig: go.Figure) -> go.Figure:
+    """Return a copy of a figure for a dark notebook."""
+    return go.Figure(fig).update_layout(template=DARK)
+
+
+def faint(color: str, opacity: float = 0.15) -> str:
     """Return a colour like ``#0072B2`` as one for a band."""
     r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({r},{g},{b},0.15)"
+    return f"rgba({r},{g},{b},{opacity:g})"
+
+
+def style(number: int) -> dict[str, dict[str, str]]:
+    """Return line and marker of the ``number``-th series: seven colours, then other dashes; markers differ before colours repeat."""
+    line = {"color": COLORS[number % len(COLORS)], "dash": DASHES[number // len(COLORS) % len(DASHES)]}
+    return {"line": line, "marker": {"symbol": MARKERS[number % len(MARKERS)]}}
+
+
+def fact_texts(source: object) -> dict[str, str]:
+    """Return what to say about each fact of a round or session (not escaped yet): id → "prompt → new target"; else nothing."""
+    rounds = getattr(source, "rounds", None) or [source]
+    facts = [fact for done in rounds for fact in getattr(done, "facts", ())]
+    return {fact.id: f"{fact.text} → {fact.target_new}" for fact in facts}
 
 
 def plain(text: object) -> str:
     """Escape text for a label or hover: plotly reads a small HTML in all of them."""
     return html.escape(str(text), quote=False)
+
+
+def wrapped(text: object, width: float, size: float = TITLE) -> str:
+    """Escape a title and break it into lines that fit a figure of ``width`` pixels at a font size."""
+    columns = max(14, int((width - 2 * size) / (0.51 * size)))
+    return "<br>".join(plain(line) for line in textwrap.wrap(str(text), columns)) or ""
+
+
+def short(text: object, length: int = 34) -> str:
+    """Escape a label and cut it where it is longer than ``length`` characters; hovers show the whole."""
+    whole = " ".join(str(text).split())
+    return plain(whole if len(whole) <= length else whole[: length - 1].rstrip() + "…")
+
+
+def token(text: str) -> str:
+    """Escape a token and show its white space: a leading space is ``·``, a line break ``⏎``."""
+    shown = text.replace("\n", "⏎").replace("\t", "⇥")
+    bare = shown.lstrip(" ")
+    return plain("·" * (len(shown) - len(bare)) + bare) or "∅"

@@ -1,0 +1,153 @@
+"""Which facts were lost and when, and what the rounds that came after did at their keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from nse_tools import _late
+from nse_tools._show import table_html
+from nse_tools.errors import SettingError
+from nse_tools.evaluation.forgetting import ForgettingMatrix, forgetting_matrix
+from nse_tools.evaluation.neuron_usage import round_update
+
+if TYPE_CHECKING:
+    from nse_tools.editing import EditSession
+
+KEPT, LOST, NEVER = "kept", "lost", "never held"
+
+
+@dataclass(frozen=True)
+class LostFacts:
+    """The fate of every fact of a session, and what each later round did where its key is.
+
+    Parameters
+    ----------
+    measure : str
+        What was measured; a fact *holds* where its value is at least 50 %.
+    facts : DataFrame
+        One row a fact: ``fact``, ``text``, ``edited_in_round``, ``fate`` (``"kept"``, ``"lost"``, ``"never held"``: not even right
+        after its own round), ``lost_in_round`` (missing unless lost: the round after which it did not hold again).
+    effects : DataFrame
+        One row a fact, later round and layer. ``cosine``: the largest cosine between the fact's key and a key of that round's facts;
+        ``nearest``: whose key that is; ``push``: ‖ΔW_t k‖/‖ΔW_s k‖, what round t added at the fact's key in units of what its own
+        round s had written there; ``along``: ⟨ΔW_t k, ΔW_s k⟩/‖ΔW_s k‖², negative where that was undone.
+    """
+
+    measure: str
+    facts: pd.DataFrame = field(repr=False)
+    effects: pd.DataFrame = field(repr=False)
+
+    @property
+    def n_lost(self) -> int:
+        """Number of facts lost."""
+        return int((self.facts.fate == LOST).sum())
+
+    def by_round(self) -> pd.DataFrame:
+        """Return one row a fact and later round: ``cosine``, ``push`` and ``along`` as means over layers, and ``nearest``.
+
+        The nearest fact is that of the layer where the cosine is largest.
+        """
+        keys = ["fact", "edited_in_round", "round"]
+        means = self.effects.groupby(keys, as_index=False, sort=False)[["cosine", "push", "along"]].mean()
+        best = self.effects.loc[self.effects.groupby(keys, sort=False).cosine.idxmax(), [*keys, "nearest"]]
+        return means.merge(best, on=keys)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a fact: its fate, and the round that lost it (of others: the later round that pushed hardest at its key).
+
+        Of that ``round``: ``cosine``, ``nearest``, ``push`` and ``along`` (:meth:`by_round`), missing for the facts of the last round.
+        """
+        later = self.by_round().merge(self.facts[["fact", "edited_in_round", "lost_in_round"]], on=["fact", "edited_in_round"])
+        culprit = later[later.lost_in_round.isna() | (later["round"] == later.lost_in_round)]
+        chosen = culprit.loc[culprit.groupby(["fact", "edited_in_round"], sort=False).push.idxmax()]
+        return self.facts.merge(chosen.drop(columns="lost_in_round"), on=["fact", "edited_in_round"], how="left")
+
+    def __repr__(self) -> str:
+        counts = self.facts.fate.value_counts()
+        found = ", ".join(f"{counts.get(fate, 0)} {fate}" for fate in (KEPT, LOST, NEVER))
+        return f"LostFacts({self.measure}, {len(self.facts)} facts: {found})"
+
+    def _repr_html_(self) -> str:
+        table = self.to_frame()
+        return table_html(table[table.fate == LOST], head=self)
+
+    def plot(self, **options: Any) -> Any:
+        """Draw lost beside kept facts (:func:`nse_tools.plots.lost_facts`)."""
+        return _late.call("plots", "lost_facts", self, **options)
+
+
+def lost_facts(session: EditSession, measure: str = "efficacy", matrix: ForgettingMatrix | None = None) -> LostFacts:
+    """Tell lost from kept facts, and measure for each what every later round did at its key.
+
+    Keys and updates come from the session's record: the key is that after the fact's own round, k_s, and ΔW_t k_s is exactly what
+    round t changes in the layer's output for an input with that key.
+
+    Parameters
+    ----------
+    session : EditSession
+        The session.
+    measure : str
+        As in :func:`forgetting_matrix`; ignored where a matrix is given.
+    matrix : ForgettingMatrix, optional
+        The session's, where it has been made already.
+
+    Raises
+    ------
+    SettingError
+        If there is no round, or the matrix is of another number of rounds.
+    """
+    if not len(session):
+        raise SettingError("lost_facts: the session has no round yet.")
+    matrix = matrix or forgetting_matrix(session, measure)
+    if matrix.n_rounds != len(session):
+        raise SettingError(f"matrix: it has {matrix.n_rounds} rounds, the session {len(session)}.")
+    return LostFacts(matrix.measure, _fates(session, matrix), _effects(session))
+
+
+def _fates(session: EditSession, matrix: ForgettingMatrix) -> pd.DataFrame:
+    lost = matrix.forgotten().set_index(["fact", "edited_in_round"]).lost_in_round
+    first = matrix.per_fact[matrix.per_fact.after_round == matrix.per_fact.edited_in_round].set_index(["fact", "edited_in_round"]).value
+    rows = []
+    for done in session.rounds:
+        for fact in done.facts:
+            at = (fact.id, done.number)
+            fate = LOST if at in lost.index else KEPT if first[at] >= 50 else NEVER
+            rows.append((fact.id, f"{fact.text} → {fact.target_new}", done.number, fate, lost.get(at, pd.NA)))
+    table = pd.DataFrame(rows, columns=["fact", "text", "edited_in_round", "fate", "lost_in_round"])
+    return table.astype({"lost_in_round": "Int64"})
+
+
+def _effects(session: EditSession) -> pd.DataFrame:
+    columns = ["fact", "edited_in_round", "round", "layer", "cosine", "nearest", "push", "along"]
+    parts = [_effects_at(session, layer) for layer in session.method.edited_layers]
+    return pd.DataFrame([row for part in parts for row in part], columns=columns)
+
+
+def _effects_at(session: EditSession, layer: int) -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = []
+    rounds = session.rounds
+    keys = [done.final_keys[layer].values.double() for done in rounds]
+    units = [k / k.norm(dim=1, keepdim=True) for k in keys]
+    own: list[torch.Tensor] = []
+    for t, done in enumerate(rounds):
+        delta = round_update(done, layer)
+        for s in range(t):
+            cosines = units[s] @ units[t].T
+            added, size = keys[s] @ delta.T, own[s].norm(dim=1)
+            push = added.norm(dim=1) / size
+            along = (added * own[s]).sum(1) / size**2
+            for j, fact in enumerate(rounds[s].facts):
+                best = int(cosines[j].argmax())
+                rows.append((fact.id, s + 1, t + 1, layer, float(cosines[j, best]), done.facts[best].id, _ratio(push[j]), _ratio(along[j])))
+        own.append(keys[t] @ delta.T)
+    return rows
+
+
+def _ratio(value: torch.Tensor) -> float:
+    """Return a ratio, missing where the fact's own round had written nothing (it was skipped)."""
+    return float(value) if bool(torch.isfinite(value)) else np.nan

@@ -1,0 +1,113 @@
+"""The stored figures are those of the stored results, and are drawn without a model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from nse_tools import plots
+from nse_tools.errors import SettingError
+from nse_tools.figures.regenerate import RECIPES, compared, figure_data, main, regenerate
+
+ROOT = Path(__file__).parents[2]
+RESULTS, IMAGES = ROOT / "docs" / "results", ROOT / "docs" / "images"
+
+
+def same(found: object, stored: object) -> bool:
+    """Whether two pieces of JSON are equal, numbers up to rounding."""
+    if isinstance(found, dict) and isinstance(stored, dict):
+        return found.keys() == stored.keys() and all(same(found[k], stored[k]) for k in found)
+    if isinstance(found, list) and isinstance(stored, list):
+        return len(found) == len(stored) and all(map(same, found, stored))
+    if isinstance(found, float) or isinstance(stored, float):
+        return found == pytest.approx(stored, rel=1e-9)
+    return found == stored
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_stored_figure_is_that_of_the_stored_results(name: str) -> None:
+    stored = json.loads((IMAGES / f"{name}.json").read_text(encoding="utf-8"))
+    assert stored.pop("reads") == RECIPES[name].sources(RESULTS), f"make figures: {name} was drawn from other results"
+    assert same(json.loads(json.dumps(figure_data(RECIPES[name].figure(RESULTS)))), stored), f"make figures: {name} is drawn otherwise now"
+    assert (IMAGES / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_picture_shown_is_regenerated_and_every_one_stored_has_a_recipe() -> None:
+    shown = set()
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        shown |= {Path(target).stem for target in re.findall(r"images/([\w.-]+\.png)", page.read_text(encoding="utf-8"))}
+    assert shown <= set(RECIPES)
+    assert {p.stem for p in IMAGES.iterdir()} == set(RECIPES)
+
+
+def test_the_gallery_names_every_plot() -> None:
+    listed = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "plots.md").read_text(encoding="utf-8"), re.MULTILINE))
+    others = {"COLORS", "COLUMN", "DARK", "TEMPLATE", "at_width", "dark", "export", "export_all", "skipped_facts"}
+    assert listed == set(plots.__all__) - others
+
+
+def test_the_comparison_of_json_notices_a_changed_number() -> None:
+    assert same({"a": [1.0, "x"]}, {"a": [1.0 + 1e-12, "x"]})
+    assert not same({"a": [1.0]}, {"a": [1.001]})
+    assert not same({"a": [1.0]}, {"a": [1.0, 2.0]})
+
+
+def test_a_changed_result_changes_figure_and_hash(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS, tmp_path / "results")
+    file = tmp_path / "results" / "world_nse.csv"
+    table = pd.read_csv(file)
+    table.loc[5, "score"] = 12.5
+    table.to_csv(file, index=False)
+    written = regenerate(tmp_path / "results", tmp_path / "out", ["world_scores"], pictures=False)
+    assert [f.name for f in written] == ["world_scores.json"]
+    new, old = (json.loads((folder / "world_scores.json").read_text()) for folder in (tmp_path / "out", IMAGES))
+    assert 12.5 in new["data"][0]["y"]
+    assert new["reads"]["world_nse.csv"] != old["reads"]["world_nse.csv"]
+    assert new["reads"]["world_memit.csv"] == old["reads"]["world_memit.csv"]
+
+
+def test_a_comparison_needs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("score", m, 0, t, 20 * t, 90.0 - t - i) for i, m in enumerate(("nse", "memit")) for t in (0, 1, 2)]
+    curves = pd.DataFrame([*rows, ("accuracy", "nse", 0, 1, 20, 1.0)], columns=["figure", "method", "seed", "round", "edits", "value"])
+    (tmp_path / "comparison").mkdir()
+    curves.to_csv(tmp_path / "comparison" / "curves.csv", index=False)
+    monkeypatch.setitem(RECIPES, "comparison_score", compared("score", "score"))
+    (file,) = regenerate(tmp_path, tmp_path, ["comparison_score"], pictures=False)
+    drawn = json.loads(file.read_text())
+    assert [(t["name"], t["y"]) for t in drawn["data"]] == [("nse", [89, 88]), ("memit", [88, 87])]
+    of_figure = curves[curves.figure == "score"].drop(columns="figure")
+    assert same(figure_data(plots.comparison_curve(of_figure, "score")), {k: drawn[k] for k in ("data", "layout")})
+
+
+def test_no_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", refuse)
+    assert len(regenerate(RESULTS, tmp_path, pictures=False)) == len(RECIPES)
+
+
+def test_the_shell_writes_the_data_and_says_errors_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["world_scores", "--results", str(RESULTS), "--out", str(tmp_path), "--no-pictures"]) == 0
+    assert (tmp_path / "world_scores.json").exists()
+    assert main(["world_scors", "--results", str(RESULTS)]) == 2
+    assert "Did you mean 'world_scores'" in caplog.text
+    assert main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "should be the folder of stored results" in caplog.text
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "world_residuals" in capsys.readouterr().out
+
+
+def test_missing_results_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=re.escape("world_nse.csv, world_memit.csv")):
+        regenerate(tmp_path, tmp_path, ["world_scores"])
