@@ -12,6 +12,7 @@ import pandas as pd
 from nse_tools._show import table_html
 from nse_tools.editing.neurons import NeuronSelection
 from nse_tools.editing.rounds import EditRound
+from nse_tools.editing.turns import Turn
 from nse_tools.editing.values import TargetValues
 from nse_tools.facts import Fact, FactList
 from nse_tools.models.weights import copy_of, weights_in_place
@@ -115,11 +116,12 @@ def preview_edit(session: EditSession, facts: Fact | Sequence[Fact], values: Tar
     FactError, StateError, EditError
         As :meth:`EditSession.edit` would.
     """
-    model = session.model
+    model, turn = session.model, session._turn
+    turn.check(session)
     if session.method.solver != "gradient":
         _ = session.moments  # else the copy alone would have them
     _ = session.contexts
     trial = copy(session)
-    trial.memo = {}
+    trial.memo, trial.autosave, trial._turn = {}, None, Turn(trial)
     with model.lock, weights_in_place(model, {layer: copy_of(model.weight(layer)) for layer in session.method.layers}):
         return EditPreview(trial.edit(facts, values))

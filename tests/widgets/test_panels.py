@@ -185,9 +185,19 @@ def test_neuron_browser_goes_from_layer_to_neuron() -> None:
     assert f"Layer 2, neuron {panel.list.value}" in panel.neuron_view.value
     panel.number.value = 5
     assert "Layer 2, neuron 5" in panel.neuron_view.value
-    assert "model.weight(2)[:, 5]" in panel.code.value
-    view = panel.control.look(2, 5)
-    assert f"{view.norm_before:.4g} before" in panel.neuron_view.value
+    assert "nse.neuron_card(session, 2, 5)" in panel.code.value
+    card = panel.control.look(2, 5)
+    assert f"{card.history.norm[0]:.4g} before" in panel.neuron_view.value
+
+
+def test_neuron_browser_says_so_where_there_is_no_round_yet() -> None:
+    session = session_of()
+    panel = NeuronBrowser(session)
+    assert "no round yet" in panel.message.value
+    session.edit(STREAM[:2])
+    panel.reread.click()
+    assert not panel.message.value
+    assert "Layer 1, neuron" in panel.neuron_view.value
 
 
 def test_method_bench_runs_to_the_end_in_a_plain_script() -> None:
