@@ -116,7 +116,8 @@ def preview_edit(session: EditSession, facts: Fact | Sequence[Fact], values: Tar
     FactError, StateError, EditError
         As :meth:`EditSession.edit` would.
     """
-    model = session.model
+    model, turn = session.model, session._turn
+    turn.check(session)
     if session.method.solver != "gradient":
         _ = session.moments  # else the copy alone would have them
     _ = session.contexts

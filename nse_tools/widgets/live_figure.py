@@ -45,19 +45,29 @@ class LiveFigure:
 
     def __init__(self, css: str, height: int = 320) -> None:
         self.height = height
-        self.figure: Any = go.FigureWidget()
-        self.figure._config = {"responsive": True, "displaylogo": False}
+        self.figure: Any = None
+        """The FigureWidget; there is none before the first figure."""
         self.box: Any = ui.VBox(layout=ui.Layout(width="100%"))
         self.box.add_class(css)
 
+    @property
+    def traces(self) -> tuple[Any, ...]:
+        """The traces that are shown."""
+        return tuple(self.figure.data) if self.figure is not None else ()
+
     def show(self, fig: go.Figure) -> None:
         """Show another figure in the place of the last."""
-        with self.figure.batch_update():
-            self.figure.data = []
-            self.figure.layout = go.Figure(fig).update_layout(**self._layout()).layout
-        self.figure.add_traces(list(fig.data))
-        if not self.box.children:
+        fitted = go.Figure(fig).update_layout(**self._layout())
+        if self.figure is None:
+            # made with its content: what is sent to a widget while its scripts are still being loaded can be lost
+            self.figure = go.FigureWidget(fitted)
+            self.figure._config = {"responsive": True, "displaylogo": False}
             self.box.children = [_Fit(), self.figure]
+        else:
+            with self.figure.batch_update():
+                self.figure.data = []
+                self.figure.layout = fitted.layout
+            self.figure.add_traces(list(fitted.data))
         self.box.layout.display = "flex"
 
     def clear(self) -> None:

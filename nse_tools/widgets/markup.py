@@ -78,9 +78,14 @@ def progress(text: str, done: int, total: int) -> str:
     return f'<span class="nse-busy"></span><progress value="{done:d}" max="{total:d}"></progress> {escape(text)} …'
 
 
+def shown(token: str) -> str:
+    """Return a token with its spaces and line ends made visible; not escaped."""
+    return token.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+
+
 def visible(token: str) -> str:
     """Return a token with its spaces and line ends made visible, escaped."""
-    return escape(token).replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    return escape(shown(token))
 
 
 def tokens(pieces: Sequence[str], edited: int | None) -> str:

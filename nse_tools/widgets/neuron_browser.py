@@ -8,8 +8,9 @@ import ipywidgets as ui
 
 from nse_tools.editing import EditSession
 from nse_tools.errors import NSEError
+from nse_tools.evaluation import NeuronCard
 from nse_tools.widgets import markup
-from nse_tools.widgets.browse_control import BrowseControl, NeuronView
+from nse_tools.widgets.browse_control import BrowseControl
 from nse_tools.widgets.panel import FILL, WIDE, Panel, button, explain, field, marked
 
 _LISTED = 60
@@ -30,7 +31,7 @@ class NeuronBrowser(Panel):
 
     def __init__(self, session: EditSession) -> None:
         self.control = BrowseControl(session)
-        self.view: NeuronView | None = None
+        self.view: NeuronCard | None = None
         self.layer = ui.Dropdown(options=list(self.control.layers), layout=FILL)
         self.list = ui.Select(rows=12, layout=FILL)
         self.number = ui.BoundedIntText(min=0, max=session.model.weight(self.layer.value).shape[1] - 1, layout=FILL)
@@ -68,9 +69,14 @@ class NeuronBrowser(Panel):
         return [ui.HBox([choice, self.neuron_view], layout=WIDE)]
 
     def _layer_chosen(self) -> None:
-        table = self.control.ranking(self.layer.value).head(_LISTED)
-        rows = zip(table.neuron.tolist(), table.change, table.selected, strict=True)
-        self.list.options = [(f"{neuron}: change {change:.1%}, {rounds} rounds", neuron) for neuron, change, rounds in rows]
+        self.say_error("")
+        try:
+            table = self.control.ranking(self.layer.value).head(_LISTED)
+        except NSEError as wrong:
+            self.say_error(explain(wrong))
+            return
+        rows = zip(table.neuron.tolist(), table.change, table.rewritten, strict=True)
+        self.list.options = [(f"{neuron}: change {change:.3g}, {rounds} rounds", neuron) for neuron, change, rounds in rows]
         self.list.index = 0
         self._listed()
 
@@ -94,19 +100,18 @@ class NeuronBrowser(Panel):
         self.refresh()
 
 
-def neuron_html(view: NeuronView) -> str:
-    """Return what there is to say of a neuron."""
-    relative = view.norm_change / view.norm_before if view.norm_before else 0.0
+def neuron_html(card: NeuronCard) -> str:
+    """Return what there is to know of a neuron."""
+    before, now = card.history.iloc[0], card.history.iloc[-1]
     norms = (
-        f"column norm {view.norm_before:.4g} before, {view.norm_now:.4g} now; ‖ΔW‖ of the column {view.norm_change:.4g} ({relative:.1%})"
+        f"column norm {before.norm:.4g} before, {now.norm:.4g} now, changed by {now.change:.4g}; "
+        f"cosine with the original {now.cosine:.4f}; activation on general text {card.activity:.3g} (root mean square)"
     )
-    tokens = markup.rows(
-        list(view.tokens.columns), ([f"<code>{markup.visible(t)}</code>" for t in row] for row in view.tokens.to_numpy().tolist())
-    )
-    facts = view.facts.sort_values("activation", key=abs, ascending=False)
-    chosen = f"{view.facts.loc[view.facts.selected, 'round'].nunique()} rounds selected it"
+    tokens = card.tokens[["token", "before", "after", "rank_before", "rank_after"]].assign(token=card.tokens.token.map(markup.shown))
+    facts = card.to_frame().drop(columns="text")
+    chosen = f"{card.activations.loc[card.activations.selected, 'round'].nunique()} rounds selected it"
     return (
-        f'<div class="nse-sub">Layer {view.layer}, neuron {view.neuron}</div>{markup.note(norms)}'
-        + markup.section("Tokens", tokens, "that its column raises and lowers most")
-        + (markup.section("Facts", markup.frame(facts), f"{chosen}; largest activation first") if len(facts) else "")
+        f'<div class="nse-sub">Layer {card.layer}, neuron {card.neuron}</div>{markup.note(norms)}'
+        + markup.section("Tokens", markup.frame(tokens), "logits of its column: raised where positive")
+        + markup.section("Facts", markup.frame(facts), f"{chosen}; largest activation first")
     )

@@ -127,7 +127,7 @@ def test_neurons_are_chosen_by_layer_list_and_number(notebook: Notebook) -> None
     neurons.locator(".nse-number input").fill("17")
     neurons.locator(".nse-number input").press("Enter")
     expect(neurons.locator(".nse-neuron")).to_contain_text("Layer 5, neuron 17")
-    expect(neurons.locator(".nse-code")).to_contain_text("model.weight(5)[:, 17]")
+    expect(neurons.locator(".nse-code")).to_contain_text("nse.neuron_card(session, 5, 17)")
 
 
 def test_methods_run_and_stop_and_the_session_keeps_its_rounds(notebook: Notebook) -> None:

@@ -111,3 +111,20 @@ def test_an_error_in_a_preview_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) 
     session.model.weight(0)[0, 0] += 1
     with pytest.raises(StateError, match="somebody wrote"):
         session.preview(TWO)
+
+
+def test_a_preview_takes_no_turn_saves_nothing_and_names_no_branch() -> None:
+    session = session_of()
+    session.edit(ONE)
+    branch = session.branch()
+    assert session._turn.holder is session
+    session.autosave = object()  # to which nothing can be given
+    session.preview(TWO)
+    assert session._turn.holder is session
+    session.autosave = None
+    assert session.branch().name == "branch 2"
+    branch.edit(TWO)
+    with pytest.raises(StateError, match="Take the turn first"):
+        session.preview(TWO)
+    with branch.at(1), pytest.raises(StateError, match="being looked at"):
+        branch.preview(TWO)

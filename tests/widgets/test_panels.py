@@ -145,7 +145,7 @@ def test_round_scrubber_follows_its_slider() -> None:
         panel.slider.value = number
         assert panel.residuals.box.layout.display == "flex"
         fig = plots.residuals(session.rounds[number - 1])
-        assert [t.y for t in panel.residuals.figure.data] == [t.y for t in fig.data]
+        assert [t.y for t in panel.residuals.traces] == [t.y for t in fig.data]
         assert panel.residuals.figure.layout.yaxis.range == (0, 1.05 * session.residuals().residual.max())
         assert f"After round {number}" in panel.scores_view.value
         assert f"session.scores(round={number}" in panel.code.value
@@ -185,9 +185,19 @@ def test_neuron_browser_goes_from_layer_to_neuron() -> None:
     assert f"Layer 2, neuron {panel.list.value}" in panel.neuron_view.value
     panel.number.value = 5
     assert "Layer 2, neuron 5" in panel.neuron_view.value
-    assert "model.weight(2)[:, 5]" in panel.code.value
-    view = panel.control.look(2, 5)
-    assert f"{view.norm_before:.4g} before" in panel.neuron_view.value
+    assert "nse.neuron_card(session, 2, 5)" in panel.code.value
+    card = panel.control.look(2, 5)
+    assert f"{card.history.norm[0]:.4g} before" in panel.neuron_view.value
+
+
+def test_neuron_browser_says_so_where_there_is_no_round_yet() -> None:
+    session = session_of()
+    panel = NeuronBrowser(session)
+    assert "no round yet" in panel.message.value
+    session.edit(STREAM[:2])
+    panel.reread.click()
+    assert not panel.message.value
+    assert "Layer 1, neuron" in panel.neuron_view.value
 
 
 def test_method_bench_runs_to_the_end_in_a_plain_script() -> None:
@@ -198,7 +208,7 @@ def test_method_bench_runs_to_the_end_in_a_plain_script() -> None:
     tables = panel.control.tables()
     assert {name: len(t) for name, t in tables.items()} == {"nse": 2, "memit": 2}
     fig = plots.scores(tables)
-    assert [(t.name, t.y) for t in panel.curves.figure.data] == [(t.name, t.y) for t in fig.data]
+    assert [(t.name, t.y) for t in panel.curves.traces] == [(t.name, t.y) for t in fig.data]
     assert "nse.compare(model, facts[:4], ['nse', 'memit'], rounds_of=2" in html.unescape(panel.code.value)
     assert (panel.run_button.disabled, panel.stop_button.disabled) == (False, True)
     panel.methods.value = ()
@@ -217,7 +227,7 @@ def test_method_bench_stops_between_two_steps_and_curves_grow_meanwhile() -> Non
         assert panel.working is not None
         while len(points) < 3 or points[-1] < 3:
             await asyncio.sleep(0.01)
-            points.append(sum(len(t.y) for t in panel.curves.figure.data if t.name.endswith("score")))
+            points.append(sum(len(t.y) for t in panel.curves.traces if t.name.endswith("score")))
             assert panel.run_button.disabled
             assert all(same({n: p}, {n: before[n]}) for n, p in model.hf.state_dict().items())
         panel.stop_button.click()
