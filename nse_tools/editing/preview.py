@@ -116,12 +116,11 @@ def preview_edit(session: EditSession, facts: Fact | Sequence[Fact], values: Tar
     FactError, StateError, EditError
         As :meth:`EditSession.edit` would.
     """
-    model, turn = session.model, session._turn
-    turn.check(session)
+    model = session.model
+    session._turn.check(session)
     if session.method.solver != "gradient":
         _ = session.moments  # else the copy alone would have them
     _ = session.contexts
-    session._turn.check(session)
     trial = copy(session)
     trial.memo, trial.autosave, trial._turn = {}, None, Turn(trial)
     with model.lock, weights_in_place(model, {layer: copy_of(model.weight(layer)) for layer in session.method.layers}):
