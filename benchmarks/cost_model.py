@@ -70,6 +70,11 @@ class Shape:
         return 2 * self.d_model * self.head_dim * (self.n_heads + self.n_kv_heads)
 
     @property
+    def entering_weights(self) -> int:
+        """Numbers in the matrices of queries, keys and values of a layer."""
+        return self.d_model * self.head_dim * (self.n_heads + 2 * self.n_kv_heads)
+
+    @property
     def mlp_weights(self) -> int:
         """Numbers in the MLP matrices of a layer."""
         return (3 if self.gated else 2) * self.d_model * self.d_ff
@@ -116,6 +121,9 @@ class Tokens:
     def __mul__(self, factor: float) -> Tokens:
         return Tokens(self.tokens * factor, self.own * factor, self.cached * factor)
 
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.tokens + other.tokens, self.own + other.own, self.cached + other.cached)
+
 
 @dataclass(frozen=True)
 class Load:
@@ -127,14 +135,17 @@ class Load:
         Tokens before the subject's last one, and from it on.
     predictions : float
         Places where logits are taken: target tokens in every context, and one for the KL term.
+    once : Tokens
+        Tokens that are run for the prefixes: beginnings that rows share count once.
     """
 
     prefix: Tokens
     suffix: Tokens
     predictions: float
+    once: Tokens
 
     def __mul__(self, factor: float) -> Load:
-        return Load(self.prefix * factor, self.suffix * factor, self.predictions * factor)
+        return Load(self.prefix * factor, self.suffix * factor, self.predictions * factor, self.once * factor)
 
     @property
     def whole(self) -> Tokens:
@@ -143,7 +154,7 @@ class Load:
         return Tokens(self.prefix.tokens + self.suffix.tokens, own)
 
 
-def load(facts: int, contexts: int, prefix: int, suffix: int, targets: int, essence_prefix: int = 3) -> Load:
+def load(facts: int, contexts: int, prefix: int, suffix: int, targets: int, essence_prefix: int = 3, head: int = 0) -> Load:
     """Return the load of facts whose rows all have the same lengths.
 
     Parameters
@@ -156,16 +167,26 @@ def load(facts: int, contexts: int, prefix: int, suffix: int, targets: int, esse
         Tokens of the target.
     essence_prefix : int
         Tokens before the subject's last one in the KL term's prompt.
+    head : int
+        Tokens that all facts' prefixes in a context begin with.
     """
     before = [prefix] * contexts + [essence_prefix]
-    one = Load(Tokens.of(before), Tokens.of([suffix] * contexts + [1], before), contexts * targets + 1)
-    return one * facts
+    rests = Tokens.of([prefix - head] * contexts + [essence_prefix], [head] * contexts + [0])
+    prefixes, suffixes = Tokens.of(before), Tokens.of([suffix] * contexts + [1], before)
+    once = Tokens.of([head] * contexts) + rests * facts
+    return Load(prefixes * facts, suffixes * facts, (contexts * targets + 1) * facts, once)
 
 
 def load_of_rows(rows: Sequence[Any]) -> Load:
     """Return the load of rows of ``nse_tools.editing.value_search.search_rows``."""
+    from nse_tools.tracing.prefixes import common_heads
+
     before = [row.prompt.position for row in rows]
-    return Load(Tokens.of(before), Tokens.of([row.suffix for row in rows], before), sum(len(row.targets) or 1 for row in rows))
+    heads, which = common_heads([row.prompt.ids[: row.prompt.position] for row in rows])
+    shared = [len(heads[w]) for w in which]
+    once = Tokens.of(map(len, heads)) + Tokens.of([n - h for n, h in zip(before, shared, strict=True)], shared)
+    predictions = sum(len(row.targets) or 1 for row in rows)
+    return Load(Tokens.of(before), Tokens.of([row.suffix for row in rows], before), predictions, once)
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------
@@ -194,23 +215,27 @@ def forward(shape: Shape, tokens: Tokens) -> float:
     return layers(shape, tokens, shape.n_layers) + unembedding(shape, tokens.tokens)
 
 
-def recording(shape: Shape, rows: Load) -> float:
-    """Record the rows once: prefixes and suffixes through all layers, no logits."""
-    return layers(shape, rows.prefix, shape.n_layers) + layers(shape, rows.suffix, shape.n_layers)
+def recording(shape: Shape, last_layer: int, rows: Load) -> float:
+    """Record the rows once: prefixes through all layers, suffixes up to L, no logits."""
+    return layers(shape, rows.once, shape.n_layers) + layers(shape, rows.suffix, last_layer + 1)
 
 
-def search_step(shape: Shape, last_layer: int, rows: Load, gradient: bool = True) -> float:
-    """One step of the search: the layers above L on the suffixes, logits where they are read, and the way back."""
+def search_step(shape: Shape, last_layer: int, rows: Load, gradient: bool = True, packed: bool = True) -> float:
+    """One step of the search: the layers above L on the suffixes, logits where they are read, and the way back.
+
+    Where rows are packed, the last layer's products behind attention are made for the tokens that are read.
+    """
     above = shape.n_layers - 1 - last_layer
-    there = layers(shape, rows.suffix, above) + unembedding(shape, rows.predictions)
-    back = layers_gradient(shape, rows.suffix, above) + unembedding(shape, rows.predictions)
+    spared = 2 * max(0, rows.suffix.tokens - rows.predictions) * (shape.layer_weights - shape.entering_weights) if packed and above else 0
+    there = layers(shape, rows.suffix, above) - spared + unembedding(shape, rows.predictions)
+    back = layers_gradient(shape, rows.suffix, above) - spared + unembedding(shape, rows.predictions)
     return there + (back if gradient else 0.0)
 
 
 def search(shape: Shape, last_layer: int, rows: Load, steps: int) -> float:
     """Whole search: the recording, and the steps, the last of which has no way back."""
     step = search_step(shape, last_layer, rows)
-    return recording(shape, rows) + (steps - 1) * step + search_step(shape, last_layer, rows, gradient=False)
+    return recording(shape, last_layer, rows) + (steps - 1) * step + search_step(shape, last_layer, rows, gradient=False)
 
 
 def plain_search(shape: Shape, last_layer: int, rows: Load, steps: int) -> float:
@@ -237,7 +262,7 @@ def states(shape: Shape, edited: Sequence[int], contexts: Tokens, bare: Tokens, 
     edited : sequence of int
         Edited layers, ascending.
     contexts, bare : Tokens
-        Tokens up to the subject's last one: of all contexts' rows (bare ones included), and of the bare ones alone.
+        Tokens up to the subject's last one: of all contexts' rows as they are laid out (bare ones included), and of the bare ones alone.
     passes : int
         Passes over the layers.
     """
@@ -353,11 +378,15 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 def _work_of(model: Any, method: Any, facts: Any, contexts: Any) -> Round:
     """Count the tokens of a round; steps and passes are the most that the method allows."""
     from nse_tools.editing.value_search import search_rows
+    from nse_tools.tracing.layouts import lay_out
     from nse_tools.tracing.prompts import continued, locate_fact
     from plain import prompts_of
 
-    subjects = [len(locate_fact(model, f, p, with_target=False).upto_subject) for f in facts for p in contexts.prefixes]
-    bare = [len(locate_fact(model, f, with_target=False).upto_subject) for f in facts]
+    def laid(prefixes: Sequence[str]) -> Tokens:
+        rows = [locate_fact(model, f, p, with_target=False).upto_subject for f in facts for p in prefixes]
+        return Tokens.of(layout.ids.shape[1] for layout in lay_out(model, rows) for _ in layout.ids)
+
+    bare = laid([""])
     scored: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for fact in facts:
         for _, text in prompts_of(model, fact):
@@ -371,8 +400,8 @@ def _work_of(model: Any, method: Any, facts: Any, contexts: Any) -> Round:
         passes=method.passes,
         edited=method.layers,
         rows=load_of_rows(search_rows(model, facts, contexts)),
-        contexts=Tokens.of(subjects),
-        bare=Tokens.of(bare),
+        contexts=laid(contexts.prefixes[1:]) + bare,
+        bare=bare,
         prompts=Tokens.of(map(len, scored)),
         rest=Tokens.of([n for n, _ in more], [b for _, b in more]),
         predictions=len(scored) + sum(n for n, _ in more),

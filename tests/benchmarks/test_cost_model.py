@@ -11,6 +11,7 @@ from models_small import CONTEXTS, FACTS, build, build_hf
 from nse_tools import EditableModel
 from nse_tools.editing.suffix import SuffixBatch
 from nse_tools.editing.value_search import search_rows
+from nse_tools.tracing.prefixes import run_prefixes
 
 
 def matrices(hf: torch.nn.Module) -> int:
@@ -55,7 +56,39 @@ def test_operations_of_a_step_of_the_search() -> None:
     shape, rows = cost.Shape.of(model.hf.config), cost.load_of_rows([row] * 3)
     # joined keys get gradients as a whole: two products more for each pair with a cached key
     more = 4 * shape.n_heads * shape.head_dim * rows.suffix.cached * (model.n_layers - 1 - layer)
-    assert cost.search_step(shape, layer, rows) + more == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert cost.search_step(shape, layer, rows, packed=False) + more == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_operations_of_a_packed_step_of_the_search() -> None:
+    """The last layer runs on what is read only, and gradients reach no prefix."""
+    model, layer = build("llama"), 1
+    row = search_rows(model, [FACTS[0]], CONTEXTS)[0]
+    batch = SuffixBatch.record(model, [row.prompt] * 3, layer, packed=True)
+    delta = torch.zeros(3, model.d_model, requires_grad=True)
+    places = torch.arange(len(row.targets)) + row.prompt.target_start - 1 - row.prompt.position
+    rows = torch.arange(3).repeat_interleave(len(places))
+    with FlopCounterMode(display=False) as counter:
+        model.unembed(batch.replay_at(delta, rows, places.repeat(3))).sum().backward()
+    shape, load = cost.Shape.of(model.hf.config), cost.load_of_rows([row] * 3)
+    assert cost.search_step(shape, layer, load) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert cost.search_step(shape, layer, load) < cost.search_step(shape, layer, load, packed=False)
+
+
+def test_operations_of_prefixes_that_begin_alike() -> None:
+    model = build("llama", attention="eager")
+    rows = search_rows(model, FACTS, CONTEXTS)
+    prefixes = [row.prompt.ids[: row.prompt.position] for row in rows]
+    with FlopCounterMode(display=False) as counter:
+        run_prefixes(model, prefixes)
+    shape, load = cost.Shape.of(model.hf.config), cost.load_of_rows(rows)
+    assert load.once.tokens < 0.8 * load.prefix.tokens
+    # what is padded is run, and not counted by the model
+    assert cost.layers(shape, load.once, model.n_layers) < counter.get_total_flops() < 2 * cost.layers(shape, load.once, model.n_layers)
+    alike = cost.load_of_rows([rows[1]] * 3)
+    with FlopCounterMode(display=False) as counter:
+        run_prefixes(model, [prefixes[1]] * 3)
+    assert alike.once.tokens == alike.prefix.tokens / 3
+    assert cost.layers(shape, alike.once, model.n_layers) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_loads_by_formula_and_by_rows_agree() -> None:
@@ -64,7 +97,8 @@ def test_loads_by_formula_and_by_rows_agree() -> None:
     counted = cost.load_of_rows(rows)
     assert counted.prefix.tokens == sum(r.prompt.position for r in rows)
     assert counted.whole.own == sum(len(r.prompt.ids) ** 2 for r in rows)
-    made = cost.load(facts=2, contexts=3, prefix=10, suffix=4, targets=2, essence_prefix=5)
+    made = cost.load(facts=2, contexts=3, prefix=10, suffix=4, targets=2, essence_prefix=5, head=7)
+    assert made.once == cost.Tokens.of([7, 7, 7]) + cost.Tokens.of([3, 3, 3, 5] * 2, [7, 7, 7, 0] * 2)
     assert made.prefix == cost.Tokens.of([10, 10, 10, 5] * 2)
     assert made.suffix == cost.Tokens.of([4, 4, 4, 1] * 2, [10, 10, 10, 5] * 2)
     assert made.predictions == 14
