@@ -70,17 +70,26 @@ def verify(patch: PatchPath, model: Model = "smollm2-135m") -> None:
 
 def _show(edit: SharedEdit, facts: int) -> None:
     console.print(escape(repr(edit)))
-    console.print(_table(edit.to_frame()))
+    _print_table(edit.to_frame())
     listed = edit.facts_frame()
-    console.print(_table(listed.head(facts)))
+    _print_table(listed.head(facts))
     if len(listed) > facts:
         console.print(f"… and {len(listed) - facts} more facts (--facts {len(listed)})")
 
 
-def _table(frame: pd.DataFrame) -> Table:
+def _print_table(frame: pd.DataFrame) -> None:
+    """Print a table, or where it does not fit the terminal's width, its rows one below another."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for column in frame.columns:
         table.add_column(escape(str(column)), overflow="fold")
     for row in frame.itertuples(index=False):
-        table.add_row(*("" if cell is None else escape(f"{cell:.2g}" if isinstance(cell, float) else str(cell)) for cell in row))
-    return table
+        table.add_row(*map(_cell, row))
+    if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+        console.print(table)
+        return
+    for row in frame.itertuples(index=False):
+        console.print("\n".join(f"{escape(str(name))}: {_cell(value)}" for name, value in zip(frame.columns, row, strict=True)), end="\n\n")
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else escape(f"{value:.2g}" if isinstance(value, float) else str(value))

@@ -160,8 +160,9 @@ def load_session(
         )
         if about.moments is not None:
             _expect_moments(session, folder, about.moments, moments, force)
-        session.memo |= tables.scores_in(folder, saved.rounds)
-        _take_over(session, folder, saved)  # last: from here on the model carries the edits
+        scores = tables.scores_in(folder, saved.rounds)
+        _take_over(session, folder, saved)  # from here on the model carries the edits
+        session.memo |= scores
         session.autosave = folder if autosave else None
     except BaseException:
         folder.close()

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 import nse_tools as nse
 from models_small import build
 from nse_tools.cli import app
+from nse_tools.cli.shell import console
 from sharing_small import edited, forge, same, weights_of
 
 
@@ -58,7 +59,9 @@ def test_verifying(place: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["patch", "lora", "model"])
-def test_inspecting_needs_no_model(kind: str, place: Path) -> None:
+@pytest.mark.parametrize("width", [80, 300])
+def test_inspecting_needs_no_model(kind: str, width: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", width)
     done = run("inspect", place / kind, "--facts", 1)
     assert done.exit_code == 0, done.output
     assert "transformer.h.0.mlp.c_proj.weight" in done.output

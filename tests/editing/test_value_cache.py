@@ -179,6 +179,7 @@ OTHER_SETTINGS = {
     "use_history": False,
     "mom2_update_weight": 3.0,
     "max_condition": 1e10,
+    "max_update_norm": 50.0,
     "v_stop_at_argmax": 2,
     "norm_anchor": True,  # acts on what was found
     "neuron_score": "key_by_column",
