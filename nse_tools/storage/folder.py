@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -107,8 +108,7 @@ class SessionFolder:
         folder = cls(path)
         try:
             make_folder(folder.path)
-            lock = FileLock(folder.path / _LOCK, timeout=0, thread_local=False, fallback_to_soft=False)
-            lock.acquire()
+            lock = _acquire(folder.path / _LOCK)
         except Timeout:
             raise StorageError(
                 f"{folder.path} is in use: another process, or another session in this one, writes into it. Wait until it is done, end it "
@@ -340,6 +340,16 @@ class SessionFolder:
                     file.unlink()
             for place in (self.path, self.path / _ROUNDS):
                 remove_scratch(place)
+
+
+def _acquire(file: Path) -> FileLock:
+    lock = FileLock(file, timeout=0, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        gc.collect()  # sessions and their branches refer to each other: one that nobody has any more may still be there
+        lock.acquire()
+    return lock
 
 
 def _put_back(file: Path, data: bytes | None) -> None:
