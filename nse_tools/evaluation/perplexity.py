@@ -30,14 +30,16 @@ def perplexity(model: EditableModel, texts: Sequence[str] | None = None) -> floa
     model : EditableModel
         The model, under the weights of the moment.
     texts : sequence of str, optional
-        The texts; the shipped passages by default. A text's first token is not predicted.
+        The texts; the shipped passages by default. A text's first token is not predicted, and what the model has no
+        positions for is left out.
 
     Raises
     ------
     SettingError
         If no text has two tokens.
     """
-    rows = [ids for text in (passages() if texts is None else texts) if len(ids := model.encode(text).ids) > 1]
+    room = model.n_positions
+    rows = [ids for text in (passages() if texts is None else texts) if len(ids := model.encode(text).ids[:room]) > 1]
     if not rows:
         raise SettingError("perplexity: no text has at least two tokens.")
     total, count = 0.0, 0
