@@ -54,7 +54,7 @@ def test_answers_are_the_models_own_after_each_round(sequence: LongSequence) -> 
                 for fact in batch:
                     logits = model.hf(torch.tensor([model.encode(fact.text).ids])).logits[0, -1].double().log_softmax(-1)
                     row = answers.loc[t, fact.id]
-                    assert row.argmax == model.tokenizer.decode([int(logits.argmax())]), (t, fact.id)
+                    assert row["argmax"] == model.tokenizer.decode([int(logits.argmax())]), (t, fact.id)
                     for target, p in ((fact.target_new, row.p_new), (fact.target_true, row.p_true)):
                         ids = model.tokenizer(" " + target, add_special_tokens=False).input_ids if target else []
                         if len(ids) == 1:
