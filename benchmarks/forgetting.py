@@ -21,14 +21,20 @@ from nse_tools.figures import LongSequence
 _log = logging.getLogger("forgetting")
 
 
+def name_of(chosen: argparse.Namespace) -> str:
+    """Return what the run is called: its method, and ``_w0`` where that takes values under other weights than by default."""
+    return chosen.method + ("_w0" if chosen.values_under == "original" and chosen.method != "nse" else "")
+
+
 def edit(chosen: argparse.Namespace) -> None:
     """Edit until there are ``--rounds`` rounds in the session's folder."""
-    folder = chosen.sessions / chosen.method
+    folder = chosen.sessions / name_of(chosen)
     model = load_model()
     if holds_session(folder):
         session = EditSession.load(folder, model, autosave=True, progress=False)
     else:
-        method = getattr(methods, chosen.method)(v_stop_at_argmax=chosen.stop_at)
+        settings = {"values_under": chosen.values_under} if chosen.values_under else {}
+        method = getattr(methods, chosen.method)(v_stop_at_argmax=chosen.stop_at, **settings)
         session = EditSession(model, method, seed=chosen.seed, autosave=folder, progress=False)
     for batch in known_facts().rounds(of=chosen.of)[len(session) : chosen.rounds]:
         done = session.edit(batch)
@@ -37,10 +43,11 @@ def edit(chosen: argparse.Namespace) -> None:
 
 def measure(chosen: argparse.Namespace) -> None:
     """Measure the first ``--rounds`` rounds that the session's folder holds, and write the tables."""
-    session = EditSession.load(chosen.sessions / chosen.method, load_model(), upto=chosen.rounds, progress=False)
-    told = f"--method {chosen.method} --rounds {len(session)}"
-    made = f"python benchmarks/forgetting.py edit {told} --of {chosen.of} --stop-at {chosen.stop_at} --seed {chosen.seed}"
-    for file in LongSequence.of(session, chosen.method, [made, f"python benchmarks/forgetting.py measure {told}"]).save(chosen.out):
+    name = name_of(chosen)
+    session = EditSession.load(chosen.sessions / name, load_model(), upto=chosen.rounds, progress=False)
+    told = f"--method {chosen.method} --rounds {len(session)}" + (f" --values-under {chosen.values_under}" if chosen.values_under else "")
+    made = f"python benchmarks/forgetting.py edit {told} --of {chosen.of} --stop-at {chosen.stop_at} --seed {session.seed}"
+    for file in LongSequence.of(session, name, [made, f"python benchmarks/forgetting.py measure {told}"]).save(chosen.out):
         _log.info("%s, %d bytes", file, file.stat().st_size)
 
 
@@ -49,6 +56,7 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("do", choices=["edit", "measure"])
     made.add_argument("--method", choices=["nse", "memit", "memit_seq"], default="memit")
+    made.add_argument("--values-under", choices=["original", "current"], help="weights of the value search; the method's own by default")
     made.add_argument("--rounds", type=int, help="edit until there are so many, measure so many; all by default")
     made.add_argument("--of", type=int, default=20, help="facts in a round")
     made.add_argument("--stop-at", type=int, default=3, help="v_stop_at_argmax of the value search")

@@ -41,7 +41,8 @@ class LongSequence:
     effects : DataFrame
         One row a fact and later round, means over layers (:meth:`LostFacts.by_round`).
     rounds : DataFrame
-        One row a round: :meth:`EditSession.to_frame`, ``steps`` (mean of the value search), ``perplexity`` after it.
+        One row a round: :meth:`EditSession.to_frame`, ``steps`` (mean of the value search), ``perplexity`` after it
+        (missing if it was not taken).
     weights : DataFrame
         One row a round and edited layer (:meth:`UpdateSpectra.to_frame`).
     settings : dict
@@ -57,7 +58,9 @@ class LongSequence:
     settings: dict[str, Any] = field(repr=False)
 
     @classmethod
-    def of(cls, session: EditSession, name: str, command: Sequence[str] = ()) -> LongSequence:
+    def of(
+        cls, session: EditSession, name: str, command: Sequence[str] = (), *, notes: str = "", with_perplexity: bool = True
+    ) -> LongSequence:
         """Measure a session: every fact's own prompt after every later round, keys and updates from the record.
 
         Parameters
@@ -68,15 +71,19 @@ class LongSequence:
             What its files are called.
         command : sequence of str
             The commands that made it, one after another, for the settings.
+        notes : str
+            What else there is to say about how it was made, for the settings.
+        with_perplexity : bool
+            Whether the shipped passages are read after every round.
         """
         answers = pd.concat([_answers(session, t) for t in range(1, len(session) + 1)], ignore_index=True)
         rounds = session.to_frame().assign(
             steps=[done.values.to_frame().steps.mean() for done in session],
-            perplexity=[round_perplexity(session, done.number) for done in session],
+            perplexity=[round_perplexity(session, done.number) if with_perplexity else np.nan for done in session],
         )
-        lost = lost_facts(session, matrix=_matrix(answers, "efficacy"))
+        lost = lost_facts(session, matrix=answers_matrix(answers))
         facts = lost.facts[["fact", "edited_in_round", "text"]]
-        settings = {"command": list(command), **settings_of(session)}
+        settings = {"command": list(command), "notes": notes, **settings_of(session)}
         return cls(name, facts, answers, lost.by_round(), rounds, update_spectra(session).to_frame(), settings)
 
     @property
@@ -92,15 +99,14 @@ class LongSequence:
         SettingError
             For another measure: only the facts' own prompts were asked.
         """
-        return _matrix(self.answers, measure)
+        return answers_matrix(self.answers, measure)
 
     def lost(self, measure: str = "efficacy") -> LostFacts:
         """Return which facts were lost and when, and what later rounds did at their keys.
 
         Of ``effects`` the means over layers were kept, which stand there as the layer −1.
         """
-        texts = self.facts.set_index(["fact", "edited_in_round"]).text
-        return LostFacts(measure, fates(self.matrix(measure), texts.to_dict()), self.effects.assign(layer=-1))
+        return lost_of(self.facts, self.answers, self.effects, measure)
 
     def fact(self, fact: str) -> pd.DataFrame:
         """Return one fact's answers through the rounds, with what each round did at its key.
@@ -127,9 +133,9 @@ class LongSequence:
         return table.reset_index()
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write ``<name>_facts.csv``, ``_answers.csv``, ``_effects.csv``, ``_rounds.csv``, ``_weights.csv`` and ``<name>.json``; return the files.
+        """Write ``<name>_facts.csv``, ``_answers.csv``, ``_effects.csv``, ``_rounds.csv``, ``_weights.csv`` and ``<name>.json``.
 
-        Numbers are rounded to five digits.
+        Numbers are rounded to five digits; returned are the files.
         """
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
@@ -152,7 +158,7 @@ class LongSequence:
         place = Path(folder)
         files = {table: place / f"{name}_{table}.csv" for table in _TABLES} | {"settings": place / f"{name}.json"}
         if missing := [file.name for file in files.values() if not file.exists()]:
-            raise StorageError(f"{place} does not hold the sequence {name!r}: {', '.join(missing)} missing. Expected is a folder of saved ones.")
+            raise StorageError(f"{place} does not hold the sequence {name!r}: {', '.join(missing)} missing.")
         tables = {table: pd.read_csv(files[table], keep_default_na=False, na_values=[""]) for table in _TABLES}
         tables["answers"] = tables["answers"].fillna({"argmax": ""})
         return cls(name, **tables, settings=json.loads(files["settings"].read_text(encoding="utf-8")))
@@ -182,8 +188,15 @@ def _answers(session: EditSession, round: int) -> pd.DataFrame:
     )
 
 
-def _matrix(answers: pd.DataFrame, measure: str) -> ForgettingMatrix:
+def answers_matrix(answers: pd.DataFrame, measure: str = "efficacy") -> ForgettingMatrix:
+    """Return the forgetting matrix of :attr:`LongSequence.answers` (:meth:`LongSequence.matrix`)."""
     if measure not in MEASURES:
         raise SettingError(f"measure={measure!r}: kept are {', '.join(MEASURES)}.{nearest(measure, MEASURES)}")
     per_fact = answers[["after_round", "edited_in_round", "fact"]].assign(value=answers[MEASURES[measure]] * 100.0)
     return matrix_of(per_fact, measure)
+
+
+def lost_of(facts: pd.DataFrame, answers: pd.DataFrame, effects: pd.DataFrame, measure: str = "efficacy") -> LostFacts:
+    """Return the fates that a sequence's tables tell (:meth:`LongSequence.lost`)."""
+    texts = facts.set_index(["fact", "edited_in_round"]).text
+    return LostFacts(measure, fates(answers_matrix(answers, measure), texts.to_dict()), effects.assign(layer=-1))
