@@ -198,5 +198,5 @@ def answers_matrix(answers: pd.DataFrame, measure: str = "efficacy") -> Forgetti
 
 def lost_of(facts: pd.DataFrame, answers: pd.DataFrame, effects: pd.DataFrame, measure: str = "efficacy") -> LostFacts:
     """Return the fates that a sequence's tables tell (:meth:`LongSequence.lost`)."""
-    texts = facts.set_index(["fact", "edited_in_round"]).text
-    return LostFacts(measure, fates(answers_matrix(answers, measure), texts.to_dict()), effects.assign(layer=-1))
+    texts = {(str(f), int(s)): str(text) for f, s, text in zip(facts.fact, facts.edited_in_round, facts.text, strict=True)}
+    return LostFacts(measure, fates(answers_matrix(answers, measure), texts), effects.assign(layer=-1))
