@@ -58,7 +58,7 @@ def _add_losses(fig: go.Figure, lost: pd.DataFrame, n_rounds: int) -> None:
         fig.add_annotation(text="no fact was lost", showarrow=False, x=0.5, y=0.5, xref="x domain", yref="y domain")
     fig.update_xaxes(title_text="lost in round", range=[0.5, n_rounds + 0.5], dtick=1 if n_rounds <= 20 else None, row=1, col=1)
     fig.update_yaxes(
-        title_text="facts", rangemode="tozero", dtick=1 if lost.lost_in_round.value_counts().max() <= 8 else None, row=1, col=1
+        title_text="facts", rangemode="tozero", dtick=1 if max(lost.lost_in_round.value_counts(), default=0) <= 8 else None, row=1, col=1
     )
 
 
