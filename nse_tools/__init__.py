@@ -94,6 +94,7 @@ _HOME = {
     "score_facts": "evaluation",
     "update_spectra": "evaluation",
     "weight_growth": "evaluation",
+    "LongSequence": "figures",
     "Report": "figures",
     "SavedSession": "storage",
     "holds_session": "storage",

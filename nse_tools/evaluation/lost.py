@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -106,18 +107,26 @@ def lost_facts(session: EditSession, measure: str = "efficacy", matrix: Forgetti
     matrix = matrix or forgetting_matrix(session, measure)
     if matrix.n_rounds != len(session):
         raise SettingError(f"matrix: it has {matrix.n_rounds} rounds, the session {len(session)}.")
-    return LostFacts(matrix.measure, _fates(session, matrix), _effects(session))
+    texts = {(fact.id, done.number): f"{fact.text} → {fact.target_new}" for done in session.rounds for fact in done.facts}
+    return LostFacts(matrix.measure, fates(matrix, texts), _effects(session))
 
 
-def _fates(session: EditSession, matrix: ForgettingMatrix) -> pd.DataFrame:
+def fates(matrix: ForgettingMatrix, texts: Mapping[tuple[str, int], str]) -> pd.DataFrame:
+    """Return what became of every fact of a matrix, as :attr:`LostFacts.facts`.
+
+    Parameters
+    ----------
+    matrix : ForgettingMatrix
+        The matrix.
+    texts : mapping of (str, int) to str
+        (fact, round it was edited in) → what to call it.
+    """
     lost = matrix.forgotten().set_index(["fact", "edited_in_round"]).lost_in_round
-    first = matrix.per_fact[matrix.per_fact.after_round == matrix.per_fact.edited_in_round].set_index(["fact", "edited_in_round"]).value
+    first = matrix.per_fact[matrix.per_fact.after_round == matrix.per_fact.edited_in_round]
     rows = []
-    for done in session.rounds:
-        for fact in done.facts:
-            at = (fact.id, done.number)
-            fate = LOST if at in lost.index else KEPT if first[at] >= 50 else NEVER
-            rows.append((fact.id, f"{fact.text} → {fact.target_new}", done.number, fate, lost.get(at, pd.NA)))
+    for fact, own, value in zip(first.fact, first.edited_in_round.astype(int), first.value, strict=True):
+        fate = LOST if (fact, own) in lost.index else KEPT if value >= 50 else NEVER
+        rows.append((fact, texts[fact, own], own, fate, lost.get((fact, own), pd.NA)))
     table = pd.DataFrame(rows, columns=["fact", "text", "edited_in_round", "fate", "lost_in_round"])
     return table.astype({"lost_in_round": "Int64"})
 

@@ -20,6 +20,7 @@ import plotly.graph_objects as go
 
 from nse_tools import plots
 from nse_tools.errors import NSEError, SettingError, nearest
+from nse_tools.figures.long_sequence import answers_matrix, lost_of
 
 _log = logging.getLogger(__name__)
 RESULTS, IMAGES = Path("docs/results"), Path("docs/images")
@@ -67,10 +68,25 @@ def compared(name: str, measure: str, facts_of: int | None = None) -> Recipe:
     return Recipe(("comparison/curves.csv",), draw)
 
 
+def _matrix(answers: pd.DataFrame) -> go.Figure:
+    return plots.forgetting_matrix(answers_matrix(answers, "efficacy_accuracy"))
+
+
+def _lost(facts: pd.DataFrame, answers: pd.DataFrame, effects: pd.DataFrame) -> go.Figure:
+    return plots.lost_facts(lost_of(facts, answers, effects, "efficacy_accuracy"))
+
+
+def _of_sequence(name: str, *tables: str) -> tuple[str, ...]:
+    """Return the files of a :class:`nse_tools.LongSequence`'s tables."""
+    return tuple(f"forgetting/{name}_{table}.csv" for table in tables)
+
+
 RECIPES: dict[str, Recipe] = {
     "world_scores": Recipe(("world_nse.csv", "world_memit.csv"), lambda nse, memit: plots.scores({"NSE": nse, "MEMIT": memit})),
     "world_residuals": Recipe(("world_nse_residuals.csv",), plots.residuals),
     "world_layers": Recipe(("world_nse_residuals.csv",), plots.layer_contributions),
+    "forgetting_matrix": Recipe(_of_sequence("memit_w0", "answers"), _matrix),
+    "forgetting_lost": Recipe(_of_sequence("memit_w0", "facts", "answers", "effects"), _lost),
     "counterfact_scores": Recipe(
         ("counterfact_nse.csv",), lambda nse: plots.scores(nse, ["score", "efficacy", "generalization", "specificity"])
     ),

@@ -57,7 +57,9 @@ def _add_losses(fig: go.Figure, lost: pd.DataFrame, n_rounds: int) -> None:
     if not len(lost):
         fig.add_annotation(text="no fact was lost", showarrow=False, x=0.5, y=0.5, xref="x domain", yref="y domain")
     fig.update_xaxes(title_text="lost in round", range=[0.5, n_rounds + 0.5], dtick=1 if n_rounds <= 20 else None, row=1, col=1)
-    fig.update_yaxes(title_text="facts", rangemode="tozero", dtick=1 if len(lost) <= 5 else None, row=1, col=1)
+    fig.update_yaxes(
+        title_text="facts", rangemode="tozero", dtick=1 if max(lost.lost_in_round.value_counts(), default=0) <= 8 else None, row=1, col=1
+    )
 
 
 def _add_fate(fig: go.Figure, fate: str, own: pd.DataFrame, marker: dict[str, object]) -> None:

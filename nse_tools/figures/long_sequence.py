@@ -1,0 +1,202 @@
+"""A long sequence of rounds as small tidy files, and read again from them without a model: what was forgotten, when, beside what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nse_tools._show import table_html
+from nse_tools.editing import EditSession
+from nse_tools.errors import SettingError, StorageError, nearest
+from nse_tools.evaluation import ForgettingMatrix, LostFacts, lost_facts, update_spectra
+from nse_tools.evaluation.forgetting import matrix_of, round_perplexity, round_scores
+from nse_tools.evaluation.lost import fates
+from nse_tools.evaluation.scores import REWRITE
+from nse_tools.figures.provenance import settings_of
+
+MEASURES = {"efficacy": "success", "efficacy_accuracy": "accuracy"}
+_TABLES = ("facts", "answers", "effects", "rounds", "weights")
+
+
+@dataclass(frozen=True)
+class LongSequence:
+    """What a long sequence of rounds did to its facts, as tables.
+
+    Parameters
+    ----------
+    name : str
+        Of the run; its files begin with it.
+    facts : DataFrame
+        One row a fact and round it was edited in: ``fact``, ``edited_in_round``, ``text``.
+    answers : DataFrame
+        One row a round t and fact edited up to then: ``after_round``, ``edited_in_round``, ``fact``; of the fact's own prompt
+        after round t ``p_new`` and ``p_true`` (geometric means over the target's tokens), ``argmax`` (the likeliest first token),
+        ``success`` (p_new > p_true) and ``accuracy`` (every token of the new target is the argmax), 0 or 1.
+    effects : DataFrame
+        One row a fact and later round, means over layers (:meth:`LostFacts.by_round`).
+    rounds : DataFrame
+        One row a round: :meth:`EditSession.to_frame`, ``steps`` (mean of the value search), ``perplexity`` after it
+        (missing if it was not taken).
+    weights : DataFrame
+        One row a round and edited layer (:meth:`UpdateSpectra.to_frame`).
+    settings : dict
+        All that the run depends on, and the command that made it.
+    """
+
+    name: str
+    facts: pd.DataFrame = field(repr=False)
+    answers: pd.DataFrame = field(repr=False)
+    effects: pd.DataFrame = field(repr=False)
+    rounds: pd.DataFrame = field(repr=False)
+    weights: pd.DataFrame = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(
+        cls, session: EditSession, name: str, command: Sequence[str] = (), *, notes: str = "", with_perplexity: bool = True
+    ) -> LongSequence:
+        """Measure a session: every fact's own prompt after every later round, keys and updates from the record.
+
+        Parameters
+        ----------
+        session : EditSession
+            The session, of one round at least.
+        name : str
+            What its files are called.
+        command : sequence of str
+            The commands that made it, one after another, for the settings.
+        notes : str
+            What else there is to say about how it was made, for the settings.
+        with_perplexity : bool
+            Whether the shipped passages are read after every round.
+        """
+        answers = pd.concat([_answers(session, t) for t in range(1, len(session) + 1)], ignore_index=True)
+        rounds = session.to_frame().assign(
+            steps=[done.values.to_frame().steps.mean() for done in session],
+            perplexity=[round_perplexity(session, done.number) if with_perplexity else np.nan for done in session],
+        )
+        lost = lost_facts(session, matrix=answers_matrix(answers))
+        facts = lost.facts[["fact", "edited_in_round", "text"]]
+        settings = {"command": list(command), "notes": notes, **settings_of(session)}
+        return cls(name, facts, answers, lost.by_round(), rounds, update_spectra(session).to_frame(), settings)
+
+    @property
+    def n_rounds(self) -> int:
+        """Number of rounds."""
+        return len(self.rounds)
+
+    def matrix(self, measure: str = "efficacy") -> ForgettingMatrix:
+        """Return the forgetting matrix of ``"efficacy"`` or ``"efficacy_accuracy"``.
+
+        Raises
+        ------
+        SettingError
+            For another measure: only the facts' own prompts were asked.
+        """
+        return answers_matrix(self.answers, measure)
+
+    def lost(self, measure: str = "efficacy") -> LostFacts:
+        """Return which facts were lost and when, and what later rounds did at their keys.
+
+        Of ``effects`` the means over layers were kept, which stand there as the layer −1.
+        """
+        return lost_of(self.facts, self.answers, self.effects, measure)
+
+    def fact(self, fact: str) -> pd.DataFrame:
+        """Return one fact's answers through the rounds, with what each round did at its key.
+
+        Raises
+        ------
+        SettingError
+            If the fact was not edited.
+        """
+        own = self.answers[self.answers.fact == fact]
+        if own.empty:
+            raise SettingError(f"fact={fact!r}: it was not edited in this sequence.{nearest(fact, self.answers.fact.unique())}")
+        did = self.effects.rename(columns={"round": "after_round"})
+        return own.merge(did, on=["fact", "edited_in_round", "after_round"], how="left").drop(columns="fact")
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a round: facts so far, share that holds by either measure, perplexity, ‖ΔW‖."""
+        means = self.answers.groupby("after_round")[list(MEASURES.values())].mean() * 100
+        counts = self.answers.groupby("after_round").fact.size()
+        table = self.rounds.set_index("round")[["perplexity", "norm_update"]]
+        table.insert(0, "facts", counts)
+        for number, (measure, column) in enumerate(MEASURES.items(), start=1):
+            table.insert(number, measure, means[column])
+        return table.reset_index()
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``<name>_facts.csv``, ``_answers.csv``, ``_effects.csv``, ``_rounds.csv``, ``_weights.csv`` and ``<name>.json``.
+
+        Numbers are rounded to five digits; returned are the files.
+        """
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        files = [place / f"{self.name}_{table}.csv" for table in _TABLES]
+        for file, table in zip(files, _TABLES, strict=True):
+            getattr(self, table).to_csv(file, index=False, float_format="%.5g", lineterminator="\n")
+        about = place / f"{self.name}.json"
+        about.write_text(json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        return [*files, about]
+
+    @classmethod
+    def load(cls, folder: str | Path, name: str) -> LongSequence:
+        """Read a sequence from its files; no model is needed.
+
+        Raises
+        ------
+        StorageError
+            If a file is missing.
+        """
+        place = Path(folder)
+        files = {table: place / f"{name}_{table}.csv" for table in _TABLES} | {"settings": place / f"{name}.json"}
+        if missing := [file.name for file in files.values() if not file.exists()]:
+            raise StorageError(f"{place} does not hold the sequence {name!r}: {', '.join(missing)} missing.")
+        tables = {table: pd.read_csv(files[table], keep_default_na=False, na_values=[""]) for table in _TABLES}
+        tables["answers"] = tables["answers"].fillna({"argmax": ""})
+        return cls(name, **tables, settings=json.loads(files["settings"].read_text(encoding="utf-8")))
+
+    def __repr__(self) -> str:
+        last = self.to_frame().iloc[-1]
+        return (
+            f"LongSequence({self.name}: {self.n_rounds} rounds, {int(last.facts)} facts; at the end efficacy {last.efficacy:.1f}, "
+            f"accuracy {last.efficacy_accuracy:.1f})"
+        )
+
+    def _repr_html_(self) -> str:
+        return table_html(self.to_frame(), head=self)
+
+
+def _answers(session: EditSession, round: int) -> pd.DataFrame:
+    prompts = round_scores(session, round, kinds=(REWRITE,)).prompts.set_index("fact")
+    rows = [(round, done.number, fact.id) for done in session.rounds[:round] for fact in done.facts]
+    table = pd.DataFrame(rows, columns=["after_round", "edited_in_round", "fact"])
+    found = prompts.loc[table.fact].reset_index(drop=True)
+    return table.assign(
+        p_new=np.exp(-found.nll_new),
+        p_true=np.exp(-found.nll_true),
+        argmax=[session.model.tokenizer.decode([token]) for token in found.argmax],
+        success=found.success,
+        accuracy=found.accuracy,
+    )
+
+
+def answers_matrix(answers: pd.DataFrame, measure: str = "efficacy") -> ForgettingMatrix:
+    """Return the forgetting matrix of :attr:`LongSequence.answers` (:meth:`LongSequence.matrix`)."""
+    if measure not in MEASURES:
+        raise SettingError(f"measure={measure!r}: kept are {', '.join(MEASURES)}.{nearest(measure, MEASURES)}")
+    per_fact = answers[["after_round", "edited_in_round", "fact"]].assign(value=answers[MEASURES[measure]] * 100.0)
+    return matrix_of(per_fact, measure)
+
+
+def lost_of(facts: pd.DataFrame, answers: pd.DataFrame, effects: pd.DataFrame, measure: str = "efficacy") -> LostFacts:
+    """Return the fates that a sequence's tables tell (:meth:`LongSequence.lost`)."""
+    texts = {(str(f), int(s)): str(text) for f, s, text in zip(facts.fact, facts.edited_in_round, facts.text, strict=True)}
+    return LostFacts(measure, fates(answers_matrix(answers, measure), texts), effects.assign(layer=-1))
