@@ -1,7 +1,8 @@
-"""Random sequences of edits, looks back, branches and drops beside a model of what must hold: a list of recorded weights."""
+"""Random sequences of edits, looks back, branches, drops, saves and loads beside a model of what must hold: a list of recorded weights."""
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -158,9 +159,25 @@ class Travelling(RuleBasedStateMachine):
             assert equal(self.now(), mine.done[number][1])
         assert equal(self.now(), before)
 
+    @precondition(lambda self: len(self.branches) == 1)
+    @rule()
+    def save_and_load(self) -> None:
+        """Go on from disk, as after the end of the process: what was undone is gone, all else is as it was."""
+        mine, before = self.active, self.active.session
+        with tempfile.TemporaryDirectory() as folder:
+            before.save(folder)
+            self.take_back()
+            mine.session = EditSession.load(folder, self.model, moments=before.moments, progress=False, value_cache=False)
+        mine.undone.clear()
+        assert [r.approximate for r in mine.session.rounds] == [r.approximate for r in before.rounds]
+        assert equal(self.now(), mine.state)
+
+    def take_back(self) -> None:
+        write_weights(self.model, {layer: self.model.originals[layer] for layer in LAYERS})
+
     def teardown(self) -> None:
         if hasattr(self, "model"):
-            write_weights(self.model, {layer: self.model.originals[layer] for layer in LAYERS})
+            self.take_back()
 
     @invariant()
     def all_is_where_it_should_be(self) -> None:
