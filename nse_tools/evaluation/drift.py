@@ -53,7 +53,7 @@ class NextTokens:
             If there is no text, or one without a token.
         """
         texts = tuple(passages() if texts is None else texts)
-        rows = [model.encode(text).ids for text in texts]
+        rows = [model.encode(text).ids[: model.n_positions] for text in texts]
         if not rows or not all(rows):
             raise SettingError("drift: give at least one neutral text, and none that is empty.")
         found: dict[int, Tensor] = {}

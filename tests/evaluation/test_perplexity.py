@@ -1,4 +1,4 @@
-"""Perplexity of texts that are longer than the model has positions for."""
+"""Perplexity and drift on texts that are longer than the model has positions for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from models_small import TEXT, build
 from nse_tools.evaluation import perplexity
+from nse_tools.evaluation.drift import NextTokens, next_token_drift
 
 
 def test_text_beyond_the_models_positions_is_left_out() -> None:
@@ -17,3 +18,6 @@ def test_text_beyond_the_models_positions_is_left_out() -> None:
     fitting = model.tokenizer.decode(ids[: model.n_positions])
     assert model.encode(fitting).ids == ids[: model.n_positions]
     assert perplexity(model, [text]) == pytest.approx(perplexity(model, [fitting]))
+    whole, cut = (next_token_drift(model, NextTokens.record(model, [t])) for t in (text, fitting))
+    assert whole.tokens.tolist() == cut.tokens.tolist()
+    assert whole.kl.tolist() == pytest.approx([0.0], abs=1e-9)
