@@ -156,12 +156,15 @@ class SuffixBatch:
         chosen = sorted({0, self.n_rows - 1})
         rows = self.keep_rows(torch.tensor(chosen, device=self.hidden.device))
         try:
-            replayed = rows.replay(torch.zeros_like(rows.clean()))
+            unmoved = torch.zeros_like(rows.clean())
+            replayed = rows.replay(unmoved)
+            ends = rows.replay_at(unmoved, torch.arange(rows.n_rows, device=unmoved.device), rows.lengths - 1)
         except (RuntimeError, IndexError, ValueError) as refused:  # an attention of the model's own, which knows no packed rows
             _log.info("%s cannot be replayed this way: %s", self.model.name, refused)
             return False
-        expected = torch.cat([s[b:] for s, b in zip(_states_leaving(self.model, [prompts[i] for i in chosen]), rows.starts, strict=True)])
-        found = torch.cat([states[:n] for states, n in zip(replayed, rows.lengths, strict=True)])
+        own = [s[b:] for s, b in zip(_states_leaving(self.model, [prompts[i] for i in chosen]), rows.starts, strict=True)]
+        expected = torch.cat([*own, *(states[-1:] for states in own)])
+        found = torch.cat([*(states[:n] for states, n in zip(replayed, rows.lengths, strict=True)), ends])
         return bool((found - expected).norm() <= 1e-3 * expected.norm())
 
     def _run(self, hidden: Tensor, calls: dict[int, LayerCall], some: Packing | None = None) -> Tensor:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
+from nse_tools._origin import machine, versions
 from nse_tools.editing import EditSession, Method, ValueCache, methods
 from nse_tools.errors import EditError, FactError, SettingError, StateError
 from nse_tools.evaluation.comparison import UNEDITED, Comparison
@@ -190,8 +188,8 @@ class _Run:
                 "test_at": list(self.tested),
                 "shuffle": self.shuffle,
                 "corpus": self.corpus.fingerprint() if self.corpus else "sampled from the model with each seed",
-                "versions": {name: version(name) for name in ("nse_tools", "torch", "transformers", "nnsight")},
-                "machine": {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()},
+                "versions": versions(),
+                "machine": machine(),
                 "methods": [method.name for method in self.methods],
             }
         )

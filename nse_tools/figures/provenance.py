@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
-
-import torch
-
+from nse_tools._origin import machine, versions
 from nse_tools.editing import EditSession
 
 
@@ -23,13 +19,3 @@ def settings_of(session: EditSession) -> dict[str, object]:
         "versions": versions(),
         "machine": machine(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that a result depends on."""
-    return {name: version(name) for name in ("nse_tools", "torch", "transformers", "nnsight")}
-
-
-def machine() -> dict[str, object]:
-    """Return what of the machine decides the last bits of a result."""
-    return {"python": platform.python_version(), "threads": torch.get_num_threads(), "system": platform.system()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,12 +11,12 @@ from typing import Any
 
 import pandas as pd
 
+from nse_tools._origin import machine, versions
 from nse_tools._show import table_html
 from nse_tools.editing import EditRound, EditSession
 from nse_tools.errors import StorageError
 from nse_tools.evaluation import ForgettingMatrix, forgetting_matrix, session_scores
 from nse_tools.figures.folders import make_folder
-from nse_tools.figures.provenance import machine, versions
 
 _STYLE = """
 body { font: 14px/1.45 Helvetica, Arial, sans-serif; color: #222; max-width: 75em; margin: 2em auto; padding: 0 1em; }
@@ -129,7 +128,6 @@ def _model(session: EditSession) -> dict[str, Any]:
         "parameters": f"{sum(p.numel() for p in model.hf.parameters()):,}",
         "dtype of edited weights": model.dtype,
         "device": model.device,
-        "processor": platform.machine(),
         "edited parameters": ", ".join(model.weight_name(layer) for layer in session.method.edited_layers),
         "session": session.name,
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
+from nse_tools._origin import versions
 from nse_tools.editing import EditRound, EditSession
 from nse_tools.errors import SettingError, nearest
 from nse_tools.models import EditableModel
@@ -62,7 +62,7 @@ def _manifest(session: EditSession, rounds: Sequence[EditRound], path: Path, kin
         method=plain(session.method.to_dict()),
         rounds=tuple(done.facts for done in rounds),
         parameters=tuple(_whole(session.model, layer) for layer in layers),
-        versions=versions(),
+        versions=versions("safetensors"),
     )
 
 
@@ -90,13 +90,8 @@ def export_patched(model: EditableModel, edit: SharedEdit, path: str | Path, *, 
         If it cannot be written, or does not load as the same model.
     """
     whole = tuple(_whole(model, layer) for layer in edit.layers)
-    about = replace(edit, path=Path(path).expanduser(), kind="model", parameters=whole, versions=versions())
+    about = replace(edit, path=Path(path).expanduser(), kind="model", parameters=whole, versions=versions("safetensors"))
     return export_model(model, about, overwrite, check)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that an export depends on."""
-    return {name: version(name) for name in ("nse_tools", "torch", "transformers", "safetensors")}
 
 
 def _whole(model: EditableModel, layer: int) -> SharedParameter:

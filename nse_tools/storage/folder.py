@@ -23,12 +23,13 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from nse_tools._origin import machine, versions
 from nse_tools._show import table_html
 from nse_tools.editing import EditRound, EditSession
 from nse_tools.errors import SettingError, StorageError
 from nse_tools.models.storage import digest_of_bytes, make_folder, remove_folder, remove_scratch, write_durably, write_folder_durably
 from nse_tools.storage.codec import tensors_to_bytes
-from nse_tools.storage.identity import ModelIdentity, MomentsIdentity, machine, versions
+from nse_tools.storage.identity import ModelIdentity, MomentsIdentity
 from nse_tools.storage.manifest import (
     MANIFEST,
     OWN_FILE,

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
-
-import torch
 
 from nse_tools.models import EditableModel
 from nse_tools.models.storage import digest_of_bytes
 from nse_tools.models.weights import bytes_of, config_text
 from nse_tools.tracing.moments import SecondMoments
-
-_PACKAGES = ("nse_tools", "torch", "transformers", "nnsight")
 
 
 @dataclass(frozen=True)
@@ -130,16 +124,6 @@ class MomentsIdentity:
     def differing(self, other: MomentsIdentity) -> list[int]:
         """Return the layers whose C is not the same there, or missing."""
         return [layer for layer, digest in self.layers.items() if other.layers.get(layer) != digest]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that a session's numbers come from."""
-    return {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-
-
-def machine() -> dict[str, str]:
-    """Return what else the last bits of results can depend on."""
-    return {"system": platform.system(), "processor": platform.machine(), "threads": str(torch.get_num_threads())}
 
 
 def _hash(text: str) -> str:

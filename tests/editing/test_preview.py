@@ -9,7 +9,7 @@ from models_small import CONTEXTS, FACTS, build, moments_for
 from nse_tools.editing import EditPreview, EditSession, Method, solvers
 from nse_tools.errors import EditError, FactError, StateError
 from nse_tools.facts import FactList
-from small_sessions import bits, same
+from shown_small import bits, same
 
 LAYERS = (0, 2)
 METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.7)

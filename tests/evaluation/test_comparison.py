@@ -456,6 +456,6 @@ def test_an_unfinished_cell_is_not_read(tmp_path: Path) -> None:
 def test_the_manifest_says_what_was_compared(tmp_path: Path) -> None:
     run([NSE], folder=tmp_path)
     about = json.loads((tmp_path / "comparison.json").read_text())
-    assert about["machine"]["threads"] == torch.get_num_threads()
+    assert about["machine"]["threads"] == str(torch.get_num_threads())
     assert about["facts"]["ids"] == FACTS.ids
     assert set(about["versions"]) == {"nse_tools", "torch", "transformers", "nnsight"}

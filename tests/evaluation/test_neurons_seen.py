@@ -11,7 +11,7 @@ from nse_tools.editing import EditSession, methods
 from nse_tools.errors import SettingError
 from nse_tools.evaluation import neuron_card, neuron_map, neuron_usage
 from nse_tools.evaluation.neuron_card import promoted_tokens
-from session_small import FACTS, session_of
+from three_rounds_small import FACTS, session_of
 
 NAMES = ["llama", "gpt2", "neox"]
 

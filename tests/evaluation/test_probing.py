@@ -7,7 +7,7 @@ import torch
 
 from nse_tools.errors import SettingError
 from nse_tools.evaluation import probe_prompt
-from session_small import FACTS, session_of
+from three_rounds_small import FACTS, session_of
 
 
 def answer(name: str, prompt: str, round: int) -> torch.Tensor:

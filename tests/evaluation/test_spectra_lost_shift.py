@@ -15,7 +15,7 @@ from nse_tools.errors import SettingError
 from nse_tools.evaluation import hidden_shift, lost_facts, update_spectra
 from nse_tools.evaluation.forgetting import matrix_of
 from nse_tools.evaluation.neuron_usage import round_update
-from session_small import FACTS, session_of
+from three_rounds_small import FACTS, session_of
 
 NAMES = ["llama", "gpt2", "neox"]
 

@@ -13,7 +13,7 @@ import torch
 from nse_tools.errors import SettingError, StorageError
 from nse_tools.evaluation import lost_facts, update_spectra
 from nse_tools.figures import LongSequence
-from session_small import session_of
+from three_rounds_small import session_of
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from nse_tools import plots
 from nse_tools.evaluation import neuron_card, neuron_map, neuron_usage
 from nse_tools.plots.neurons import mean_overlap
-from session_small import session_of
+from three_rounds_small import session_of
 
 
 def test_scores_are_sorted_and_cut_where_p_is_reached() -> None:

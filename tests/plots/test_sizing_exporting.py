@@ -17,7 +17,7 @@ from nse_tools.evaluation import neuron_map, update_spectra
 from nse_tools.plots.exporting import find_browser
 from nse_tools.plots.sizing import pixels
 from nse_tools.plots.theme import short, token, wrapped
-from session_small import session_of
+from three_rounds_small import session_of
 
 
 def has_browser() -> bool:

@@ -15,7 +15,7 @@ from nse_tools.evaluation import LostFacts, hidden_shift, lost_facts, probe_prom
 from nse_tools.evaluation.forgetting import matrix_of
 from nse_tools.plots.forgetting import curve_table
 from nse_tools.tracing import logit_lens
-from session_small import FACTS, session_of
+from three_rounds_small import FACTS, session_of
 
 
 def rows_of(seen: dict[str, tuple[int, list[float]]]):

@@ -12,7 +12,7 @@ from nse_tools import plots
 from nse_tools.errors import SettingError
 from nse_tools.plots.residuals import contributions
 from nse_tools.plots.values import value_table
-from session_small import session_of
+from three_rounds_small import session_of
 
 
 def test_the_parts_add_up_to_the_loss_and_the_clamp_is_the_methods() -> None:

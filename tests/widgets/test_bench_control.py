@@ -10,7 +10,7 @@ from nse_tools.errors import EditError, FactError, SettingError
 from nse_tools.evaluation import compare
 from nse_tools.models import EditableModel
 from nse_tools.widgets import BenchControl
-from small_sessions import METHOD, STREAM, bits, same, session_of
+from shown_small import METHOD, STREAM, bits, same, session_of
 
 NSE, MEMIT = METHOD.with_(name="nse"), METHOD.with_(name="memit", values_under="current", neuron_threshold=1.0, passes=1)
 

@@ -8,7 +8,7 @@ import nse_tools as nse
 from nse_tools.editing import EditSession
 from nse_tools.errors import SettingError
 from nse_tools.widgets import BrowseControl
-from small_sessions import LAYERS, session_of
+from shown_small import LAYERS, session_of
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nse_tools.widgets import markup
-from small_sessions import EVIL
+from shown_small import EVIL
 
 ANY = st.text(alphabet="<>&\"' \n\tabcé東", max_size=12)
 

@@ -17,7 +17,7 @@ from nse_tools.facts import Fact
 from nse_tools.widgets import EditProbe, MethodBench, NeuronBrowser, RoundScrubber
 from nse_tools.widgets.panel import Panel, button, lines_of
 from nse_tools.widgets.steps import Step, Steps
-from small_sessions import EVIL, METHOD, STREAM, bits, same, session_of
+from shown_small import EVIL, METHOD, STREAM, bits, same, session_of
 
 NSE, MEMIT = METHOD.with_(name="nse"), METHOD.with_(name="memit", values_under="current", neuron_threshold=1.0, passes=1)
 
@@ -219,7 +219,7 @@ def test_method_bench_runs_to_the_end_in_a_plain_script() -> None:
 def test_method_bench_stops_between_two_steps_and_curves_grow_meanwhile() -> None:
     model = build("llama")
     panel = MethodBench(model, STREAM, [NSE, MEMIT], chosen=("nse", "memit"), n_facts=4, rounds_of=1)
-    before = {n: p.clone() for n, p in model.hf.state_dict().items()}
+    before = [p.clone() for p in model.hf.state_dict().values()]
     points = []
 
     async def run_and_stop() -> None:
@@ -229,7 +229,7 @@ def test_method_bench_stops_between_two_steps_and_curves_grow_meanwhile() -> Non
             await asyncio.sleep(0.01)
             points.append(sum(len(t.y) for t in panel.curves.traces if t.name.endswith("score")))
             assert panel.run_button.disabled
-            assert all(same({n: p}, {n: before[n]}) for n, p in model.hf.state_dict().items())
+            assert same(list(model.hf.state_dict().values()), before)
         panel.stop_button.click()
         await panel.working
 

@@ -10,7 +10,7 @@ from nse_tools.editing import EditSession
 from nse_tools.errors import EditError, FactError, StateError
 from nse_tools.widgets import ProbeControl
 from nse_tools.widgets.probe_control import code_of, marked_prompt
-from small_sessions import bits, same, session_of
+from shown_small import bits, same, session_of
 
 PROMPT, TARGET = "The mother tongue of {Danielle Darrieux} is", "French"
 

@@ -7,7 +7,7 @@ import pytest
 from nse_tools.editing import EditSession
 from nse_tools.errors import SettingError
 from nse_tools.widgets import ScrubControl
-from small_sessions import bits, same, session_of
+from shown_small import bits, same, session_of
 
 PROMPTS = ("The Eiffel Tower is in", "Berlin plays")
 

@@ -7,6 +7,9 @@ import torch
 from models_small import CONTEXTS, build, moments_for
 from nse_tools.editing import EditSession, Method
 from nse_tools.facts import Fact, FactList
+from sessions_small import same, weights
+
+__all__ = ["EVIL", "LAYERS", "METHOD", "STREAM", "bits", "same", "session_of"]
 
 LAYERS = (1, 2)
 METHOD = Method("small", LAYERS, v_lr=0.3, v_num_grad_steps=4, mom2_update_weight=2.0, neuron_threshold=0.7, alpha=0.0)
@@ -40,11 +43,6 @@ def session_of(rounds: int = 0, name: str = "llama", kind: str = "plain", **chan
     return session
 
 
-def bits(session: EditSession) -> dict[str, torch.Tensor]:
+def bits(session: EditSession) -> list[torch.Tensor]:
     """Return a copy of every parameter."""
-    return {name: p.detach().clone() for name, p in session.model.hf.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Say whether two copies are the same, bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    return weights(session.model)
