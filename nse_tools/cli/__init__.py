@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -15,18 +13,18 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from nse_tools.cli import sharing
-from nse_tools.cli.shell import Model, console, errors_in_one_line
+from nse_tools.cli import figures, sharing
+from nse_tools.cli.shell import Facts, Model, Preset, Settings, console, errors_in_one_line, numbers_of, settings_of, stream_of
 from nse_tools.errors import NSEError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nse_tools.evaluation import Comparison
-    from nse_tools.facts import FactList
 
 app = typer.Typer(help="See and steer what a language model knows.", no_args_is_help=True, add_completion=False)
 app.add_typer(sharing.commands)
+app.add_typer(figures.commands, name="figures")
 
 _SHOWN = {
     "round": "round",
@@ -65,10 +63,6 @@ _COMPARED = (
     " · specific.: neighbours keep theirs · first: accuracy on the first round's facts · s/edit: where every value was searched for"
 )
 
-Facts = Annotated[
-    str, typer.Option(help="'world' (facts the embedded model knows first), or a JSON file of CounterFact, zsRE or our own schema.")
-]
-
 
 @app.callback()
 def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done.")] = False) -> None:
@@ -98,7 +92,7 @@ def demo(
     with errors_in_one_line():
         if method not in makers:
             raise NSEError(f"--method {method}: expected one of {', '.join(makers)}.")
-        chosen = _stream(facts)
+        chosen = stream_of(facts)
         wrapped = load_model(model)
         result = run_stream(wrapped, chosen[skip : skip + n], makers[method](), rounds_of=rounds_of, seed=seed)
         files = save_stream(result, out)
@@ -119,8 +113,8 @@ def compare(
     test_at: Annotated[str, typer.Option(help="Test after every k-th round (a number), or after these (with commas).")] = "1",
     shuffle: Annotated[bool, typer.Option(help="Shuffle the facts with each seed.")] = False,
     skip: Annotated[int, typer.Option(help="Leave out the first facts.")] = 0,
-    preset: Annotated[str, typer.Option(help="Preset of all methods, or 'none' (then --set layers=…).")] = "smollm2-135m",
-    change: Annotated[list[str] | None, typer.Option("--set", help="A setting of all methods: name=value, value as in JSON.")] = None,
+    preset: Preset = "smollm2-135m",
+    change: Settings = None,
 ) -> None:
     """Compare methods on the same facts, contexts and key statistics; table, CSV files and figures."""
     from nse_tools.editing import methods as known_methods
@@ -129,10 +123,10 @@ def compare(
     from nse_tools.models import load_model
 
     with errors_in_one_line():
-        settings = {"preset": None if preset == "none" else preset, **_settings(change or [])}
+        settings = {"preset": None if preset == "none" else preset, **settings_of(change or [])}
         chosen = [known_methods.get(name.strip(), **settings) for name in methods.split(",")]
-        stream = _stream(facts)
-        tested, numbers = _numbers("--test-at", test_at), _numbers("--seeds", seeds)
+        stream = stream_of(facts)
+        tested, numbers = numbers_of("--test-at", test_at), numbers_of("--seeds", seeds)
         result = compare(
             load_model(model),
             stream[skip : skip + n],
@@ -178,32 +172,6 @@ def comparison_table(comparison: Comparison) -> Table:
     for row in shown.itertuples(index=False):
         table.add_row(*(escape(cell.replace(" ± ", "±")) for cell in row))
     return table
-
-
-def _stream(facts: str) -> FactList:
-    from nse_tools.facts import load_facts, world_by_knowledge
-
-    return world_by_knowledge() if facts == "world" else load_facts(facts)
-
-
-def _settings(changes: list[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for change in changes:
-        name, found, value = change.partition("=")
-        if not found:
-            raise NSEError(f"--set {change}: expected name=value, e.g. --set passes=1.")
-        try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:  # a word
-            settings[name] = value
-    return settings
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    numbers = [part.strip() for part in text.split(",") if part.strip()]
-    if not numbers or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
-        raise NSEError(f"{option} {text}: expected whole numbers, with commas.")
-    return [int(number) for number in numbers]
 
 
 def score_table(scores: pd.DataFrame, title: str) -> Table:

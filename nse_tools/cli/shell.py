@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from nse_tools.errors import NSEError
 
+if TYPE_CHECKING:
+    from nse_tools.facts import FactList
+
 console = Console()
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a hub id, a folder or a .gguf file.")]
+Facts = Annotated[
+    str, typer.Option(help="'world' (facts the embedded model knows first), or a JSON file of CounterFact, zsRE or our own schema.")
+]
+Preset = Annotated[str, typer.Option(help="Preset of all methods, or 'none' (then --set layers=…).")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting of all methods: name=value, value as in JSON.")]
 
 
 class errors_in_one_line:  # noqa: N801  (used like a function)
@@ -24,3 +34,32 @@ class errors_in_one_line:  # noqa: N801  (used like a function)
         if isinstance(error, NSEError):
             Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: ", error, markup=True)
             raise typer.Exit(2)
+
+
+def stream_of(facts: str) -> FactList:
+    """Return the facts that an option names."""
+    from nse_tools.facts import load_facts, world_by_knowledge
+
+    return world_by_knowledge() if facts == "world" else load_facts(facts)
+
+
+def settings_of(changes: list[str]) -> dict[str, Any]:
+    """Return the settings that ``--set name=value`` options change."""
+    settings: dict[str, Any] = {}
+    for change in changes:
+        name, found, value = change.partition("=")
+        if not found:
+            raise NSEError(f"--set {change}: expected name=value, e.g. --set passes=1.")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:  # a word
+            settings[name] = value
+    return settings
+
+
+def numbers_of(option: str, text: str) -> list[int]:
+    """Return the whole numbers of an option, which are given with commas."""
+    numbers = [part.strip() for part in text.split(",") if part.strip()]
+    if not numbers or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
+        raise NSEError(f"{option} {text}: expected whole numbers, with commas.")
+    return [int(number) for number in numbers]

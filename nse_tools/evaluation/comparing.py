@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,21 @@ from nse_tools._origin import machine, versions
 from nse_tools.editing import EditSession, Method, ValueCache, methods
 from nse_tools.errors import EditError, FactError, SettingError, StateError
 from nse_tools.evaluation.comparison import UNEDITED, Comparison
-from nse_tools.evaluation.comparison_store import Cell, ComparisonFolder, plain, sketch
+from nse_tools.evaluation.comparison_store import SCORES, Cell, ComparisonFolder, check_names, plain, sketch
 from nse_tools.evaluation.forgetting import round_perplexity, round_scores
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
 from nse_tools.models.storage import digest_of_bytes
 from nse_tools.models.weights import bytes_of, changed_layers, checksum_of, digest_of
-from nse_tools.tracing.contexts import Contexts, sample_contexts
+from nse_tools.tracing.contexts import STARTERS, Contexts, sample_contexts
 from nse_tools.tracing.corpus import Corpus, sample_corpus
 from nse_tools.tracing.moments import SecondMoments, second_moments
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
+
+Measurement = Callable[[EditSession, int], pd.DataFrame]
+"""Takes a session and a number of rounds; returns a tidy table of the model as it was after those."""
 
 
 def compare(
@@ -42,6 +45,8 @@ def compare(
     test_at: int | Iterable[int] | None = None,
     shuffle: bool = False,
     corpus: Corpus | None = None,
+    starters: Sequence[str] = STARTERS,
+    also: Mapping[str, Measurement] | None = None,
     value_cache: ValueCache | bool = True,
     progress: bool = True,
 ) -> Comparison:
@@ -78,6 +83,13 @@ def compare(
         Shuffle the facts with each seed.
     corpus : Corpus, optional
         General text for C; sampled from the model with each seed by default.
+    starters : sequence of str
+        First words of the contexts that the model writes with each seed, one context each beside the bare prompt.
+    also : mapping of str to callable, optional
+        Further tables, taken of every method after every tested round and before the first (0): name → a function of the
+        session and the number of rounds, as ``{"drift": lambda session, t: session.drift(round=t).to_frame()}``. Where a table has
+        no column ``round``, it gets one. They are kept with the cells and come back as :attr:`Comparison.also`. A folder holds
+        the same ones for all its cells.
     value_cache : ValueCache or bool
         As in :class:`EditSession`. Values that several methods share are searched for once; ``seconds_per_edit`` leaves such
         rounds out. With False every value is searched for, and times can be compared.
@@ -101,7 +113,17 @@ def compare(
     if not len(stream):
         raise FactError("There are no facts to edit.")
     run = _Run(
-        model, chosen, stream, rounds_of, rounds_to_test(len(stream.rounds(rounds_of)), test_at), shuffle, corpus, value_cache, progress
+        model,
+        chosen,
+        stream,
+        rounds_of,
+        tested=rounds_to_test(len(stream.rounds(rounds_of)), test_at),
+        shuffle=shuffle,
+        corpus=corpus,
+        starters=tuple(starters),
+        also=dict(also or {}),
+        value_cache=value_cache,
+        progress=progress,
     )
     about = run.about()
     store = ComparisonFolder.open(folder, about) if folder is not None else None
@@ -158,6 +180,8 @@ class _Run:
     tested: Sequence[int]
     shuffle: bool
     corpus: Corpus | None
+    starters: Sequence[str]
+    also: Mapping[str, Measurement]
     value_cache: ValueCache | bool
     progress: bool
     state: str = field(init=False)
@@ -166,6 +190,7 @@ class _Run:
     _inputs: _Inputs | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        check_names(self.also)
         if edited := changed_layers(self.model):
             raise StateError(f"The model carries edits in layers {edited}. Take them back first (session.rewind(to=0)), or load it anew.")
         for method in self.methods:  # what a session refuses is refused before anything is run; originals are kept
@@ -191,6 +216,8 @@ class _Run:
                 "versions": versions(),
                 "machine": machine(),
                 "methods": [method.name for method in self.methods],
+                **({"starters": list(self.starters)} if self.starters != STARTERS else {}),
+                **({"also": sorted(self.also)} if self.also else {}),
             }
         )
 
@@ -201,7 +228,7 @@ class _Run:
             facts = self.facts.shuffled(seed) if self.shuffle else self.facts
             noted = store.inputs(seed) if store else None
             # contexts that finished cells were made with, even where sampling again would give others
-            contexts = Contexts(tuple(noted["contexts"]), seed) if noted else sample_contexts(self.model, seed)
+            contexts = Contexts(tuple(noted["contexts"]), seed) if noted else sample_contexts(self.model, seed, self.starters)
             corpus = self._text(seed, noted) if store else self.corpus
             moments = second_moments(self.model, self.layers, corpus, seed=seed, progress=self.progress)
             if store:
@@ -256,7 +283,7 @@ class _Run:
         plan = inputs.facts.rounds(self.rounds_of)
         for batch in plan:  # a round at a time, so that later scorings find their prompts in the same batches
             round_scores(session, 0, batch)
-        tables, stopped = {0: _tested(session, 0, plan)}, None
+        tested, stopped = {0: self._measure(session, 0, plan)}, None
         for number, batch in enumerate(plan, start=1):
             try:
                 session.edit(batch)
@@ -265,13 +292,22 @@ class _Run:
                 _log.warning("%s, seed %d, could not make round %d: %s", method.name, inputs.seed, number, wrong)
                 break
             if number in self.tested:
-                tables[number] = _tested(session, number, plan[:number])
+                tested[number] = self._measure(session, number, plan[:number])
             bar.update()
-        if len(session) not in tables:  # it stopped between two tests
-            tables[len(session)] = _tested(session, len(session), session.facts)
-        rounds = _rounds(session, {number: round_perplexity(session, number) for number in tables})
+        if len(session) not in tested:  # it stopped between two tests
+            tested[len(session)] = self._measure(session, len(session), session.facts)
+        rounds = _rounds(session, {number: round_perplexity(session, number) for number in tested})
         self._remember(session)
-        return Cell(plain(method.to_dict()), inputs.seed, pd.concat(tables.values(), ignore_index=True), rounds, stopped)
+        tables = {name: _stacked([found[name] for found in tested.values()]) for name in tested[0]}
+        return Cell(plain(method.to_dict()), inputs.seed, tables.pop(SCORES), rounds, stopped, tables)
+
+    def _measure(self, session: EditSession, number: int, batches: Sequence[FactList]) -> dict[str, pd.DataFrame]:
+        """Return the scores of some rounds' facts as of a round, and the further tables."""
+        further = {name: measure(session, number) for name, measure in self.also.items()}
+        return {
+            SCORES: _tested(session, number, batches),
+            **{name: table if "round" in table else table.assign(round=number) for name, table in further.items()},
+        }
 
     def _remember(self, session: EditSession) -> None:
         """Keep what is true of the unedited model for the next method; prompts up to another layer would only take memory."""
@@ -291,6 +327,11 @@ def _tested(session: EditSession, round: int, batches: Sequence[FactList]) -> pd
     measured.insert(1, "edited_in_round", table.fact.map(own))
     measured.insert(2, "fact", table.fact)
     return measured
+
+
+def _stacked(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Put tables one below the other; a measurement may have nothing to say of the unedited model."""
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
 def _rounds(session: EditSession, perplexities: dict[int, float]) -> pd.DataFrame:

@@ -49,6 +49,8 @@ class Comparison:
         :meth:`EditSession.to_frame` says: ``seconds``, ``cached``, ``not_edited``, ….
     stopped : DataFrame
         One row a cell whose method could not go on: ``method``, ``seed``, ``after_round``, ``why``.
+    also : mapping of str to DataFrame
+        Further tables that were asked for, each with ``method``, ``seed`` and ``round`` in front.
     """
 
     about: Mapping[str, Any] = field(repr=False)
@@ -56,6 +58,7 @@ class Comparison:
     scores: pd.DataFrame = field(repr=False)
     rounds: pd.DataFrame = field(repr=False)
     stopped: pd.DataFrame = field(repr=False)
+    also: Mapping[str, pd.DataFrame] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, cells: Sequence[Cell], about: Mapping[str, Any]) -> Comparison:
@@ -72,9 +75,10 @@ class Comparison:
         return cls(
             about={key: value for key, value in about.items() if key != "methods"},
             methods={c.name: c.method for c in cells},
-            scores=_joined(cells, "scores"),
-            rounds=_joined(cells, "rounds"),
+            scores=_joined({_key(c): c.scores for c in cells}),
+            rounds=_joined({_key(c): c.rounds for c in cells}),
             stopped=pd.DataFrame(halts, columns=["method", "seed", "after_round", "why"]),
+            also={name: _joined({_key(c): c.also[name] for c in cells}, "round") for name in cells[0].also},
         )
 
     @property
@@ -251,11 +255,13 @@ def load_comparison(folder: str | Path) -> Comparison:
     return Comparison.of(store.cells(), store.about())
 
 
-def _joined(cells: Sequence[Cell], table: str) -> pd.DataFrame:
-    parts = []
-    for cell in cells:
-        own: pd.DataFrame = getattr(cell, table).copy()
-        own.insert(0, "method", cell.name)
-        own.insert(1, "seed", cell.seed)
-        parts.append(own)
-    return pd.concat(parts, ignore_index=True)
+def _key(cell: Cell) -> tuple[str, int]:
+    return cell.name, cell.seed
+
+
+def _joined(tables: Mapping[tuple[str, int], pd.DataFrame], *first: str) -> pd.DataFrame:
+    """Join the tables of cells, with ``method``, ``seed`` and some of their own columns in front."""
+    parts = [table.assign(method=method, seed=seed) for (method, seed), table in tables.items()]
+    joined = pd.concat(parts, ignore_index=True)
+    front = ["method", "seed", *first]
+    return joined[[*front, *joined.columns.drop(front)]]

@@ -43,6 +43,8 @@ class Cell:
         One row a round, from 0: ``round``, ``edits`` up to it, ``perplexity`` where it was tested, and what the session noted.
     stopped : str, optional
         Why the method could not go on after its last round.
+    also : mapping of str to DataFrame
+        Further tables, with a column ``round``.
     """
 
     method: dict[str, Any] = field(repr=False)
@@ -50,6 +52,7 @@ class Cell:
     scores: pd.DataFrame = field(repr=False)
     rounds: pd.DataFrame = field(repr=False)
     stopped: str | None = None
+    also: Mapping[str, pd.DataFrame] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -162,7 +165,7 @@ class ComparisonFolder:
     def write(self, cell: Cell) -> None:
         """Write a finished cell: into a folder beside its place, then moved there with one rename."""
         place = self._place(cell.name, cell.seed)
-        tables = ((SCORES, cell.scores), (ROUNDS, cell.rounds))
+        tables = [(SCORES, cell.scores), (ROUNDS, cell.rounds), *((f"{name}.csv", table) for name, table in cell.also.items())]
         files = {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables}
         digests = {name: digest_of_bytes(data) for name, data in files.items()}
         about = {"method": cell.method, "seed": cell.seed, "stopped": cell.stopped, "files": digests}
@@ -186,6 +189,19 @@ class ComparisonFolder:
 
     def __repr__(self) -> str:
         return f"ComparisonFolder({str(self.path)!r})"
+
+
+def check_names(also: Mapping[str, Any]) -> None:
+    """Refuse names of further tables that cannot be names of files beside the cell's own.
+
+    Raises
+    ------
+    SettingError
+        Naming the first.
+    """
+    for name in also:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or f"{name}.csv" in (SCORES, ROUNDS):
+            raise SettingError(f"also={name!r}: expected a name of small letters, digits and _, other than 'scores' and 'rounds'.")
 
 
 def plain(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,8 +233,9 @@ def _read(place: Path) -> Cell:
         about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
         if changed := [name for name, digest in about["files"].items() if digest_of_bytes((place / name).read_bytes()) != digest]:
             raise ValueError(f"{', '.join(changed)} changed since it was written")
-        tables = [_table(place / name) for name in (SCORES, ROUNDS)]
-        return Cell(about["method"], about["seed"], tables[0], tables[1], about["stopped"])
+        tables = {name: _table(place / name) for name in about["files"]}
+        scores, rounds = tables.pop(SCORES), tables.pop(ROUNDS)
+        return Cell(about["method"], about["seed"], scores, rounds, about["stopped"], {Path(n).stem: t for n, t in tables.items()})
     except (OSError, ValueError, KeyError, TypeError) as wrong:
         raise SettingError(f"The cell in {place} is damaged ({wrong}). Delete that folder; a rerun makes it again.") from wrong
 

@@ -20,7 +20,9 @@ import plotly.graph_objects as go
 
 from nse_tools import plots
 from nse_tools.errors import NSEError, SettingError, nearest
+from nse_tools.evaluation import load_comparison
 from nse_tools.figures.long_sequence import answers_matrix, lost_of
+from nse_tools.figures.paper import draw_figure, find_figure
 
 _log = logging.getLogger(__name__)
 RESULTS, IMAGES = Path("docs/results"), Path("docs/images")
@@ -56,16 +58,52 @@ class Recipe:
 
     def sources(self, results: Path) -> dict[str, str]:
         """Return a hash of every file the figure is drawn from."""
-        return {name: hashlib.blake2b((results / name).read_bytes(), digest_size=16).hexdigest() for name in self.reads}
+        return {name: _digest(results / name) for name in self.reads}
 
 
-def compared(name: str, measure: str, facts_of: int | None = None) -> Recipe:
-    """Return the recipe of one of a comparison's curves, from the ``curves.csv`` that :func:`nse_tools.save_comparison` wrote."""
+@dataclass(frozen=True)
+class FolderRecipe:
+    """How a figure is drawn from a folder of stored comparisons.
 
-    def draw(curves: pd.DataFrame) -> go.Figure:
-        return plots.comparison_curve(curves[curves.figure == name].drop(columns="figure"), measure, facts_of)
+    Parameters
+    ----------
+    folder : str
+        The folder, in the results folder.
+    draw : callable
+        Takes the folder; returns the figure.
+    """
 
-    return Recipe(("comparison/curves.csv",), draw)
+    folder: str
+    draw: Callable[[Path], go.Figure]
+
+    def figure(self, results: Path) -> go.Figure:
+        """Draw the figure.
+
+        Raises
+        ------
+        SettingError
+            If the folder holds no finished cell.
+        """
+        return self.draw(results / self.folder)
+
+    def sources(self, results: Path) -> dict[str, str]:
+        """Return a hash of every table of a finished cell."""
+        found = sorted(file.relative_to(results).as_posix() for file in (results / self.folder).rglob("cells/*/*.csv"))
+        return {name: _digest(results / name) for name in found}
+
+
+def compared(measure: str, facts_of: int | None = None) -> FolderRecipe:
+    """Return the recipe of one of the stored comparison's curves."""
+    return FolderRecipe("comparison", lambda place: plots.comparison_curve(load_comparison(place), measure, facts_of))
+
+
+def of_paper(name: str) -> FolderRecipe:
+    """Return the recipe of one of the paper's figures, from the stored results of its run."""
+    return FolderRecipe(f"runs/{find_figure(name).run}", lambda place: draw_figure(name, place.parent)[0])
+
+
+def _digest(file: Path) -> str:
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
 
 
 def _matrix(answers: pd.DataFrame) -> go.Figure:
@@ -81,7 +119,7 @@ def _of_sequence(name: str, *tables: str) -> tuple[str, ...]:
     return tuple(f"forgetting/{name}_{table}.csv" for table in tables)
 
 
-RECIPES: dict[str, Recipe] = {
+RECIPES: dict[str, Recipe | FolderRecipe] = {
     "world_scores": Recipe(("world_nse.csv", "world_memit.csv"), lambda nse, memit: plots.scores({"NSE": nse, "MEMIT": memit})),
     "world_residuals": Recipe(("world_nse_residuals.csv",), plots.residuals),
     "world_layers": Recipe(("world_nse_residuals.csv",), plots.layer_contributions),
@@ -93,7 +131,7 @@ RECIPES: dict[str, Recipe] = {
     "search_speed": Recipe(("bench/value_search.csv",), plots.search_speed),
     "round_seconds": Recipe(("bench/rounds_flat.csv",), plots.round_seconds),
 }
-"""Name → recipe. A comparison's curve is one line: ``"comparison_score": compared("score", "score")``."""
+"""Name → recipe. A comparison's curve is one line: ``"comparison_score": compared("score")``."""
 
 
 def regenerate(

@@ -1,9 +1,13 @@
 """Results as plotly figures: pure functions, never shown as a side effect."""
 
+from nse_tools.plots.anatomy import round_anatomy
 from nse_tools.plots.calibration import calibration
 from nse_tools.plots.comparison import comparison_curve
+from nse_tools.plots.disturbance import disturbance
 from nse_tools.plots.exporting import export, export_all
 from nse_tools.plots.forgetting import forgetting_cohorts, forgetting_curve, forgetting_matrix, retention
+from nse_tools.plots.general import ability_curve, shift_planes
+from nse_tools.plots.grids import against_size, dots, sensitivity
 from nse_tools.plots.lost import lost_facts
 from nse_tools.plots.neurons import neuron_card, neuron_map, neuron_overlap, neuron_scores, neuron_usage
 from nse_tools.plots.performance import round_seconds, search_speed
@@ -11,6 +15,7 @@ from nse_tools.plots.probing import hidden_shift, logit_lens, next_tokens, promp
 from nse_tools.plots.residuals import layer_contributions, residual_map, residuals, skipped_facts
 from nse_tools.plots.scores import scores
 from nse_tools.plots.sizing import COLUMN, at_width
+from nse_tools.plots.streams_told import told_stream
 from nse_tools.plots.theme import COLORS, DARK, TEMPLATE, dark
 from nse_tools.plots.updates import update_directions, update_norms, update_spectrum
 from nse_tools.plots.values import value_parts, value_search
@@ -20,10 +25,14 @@ __all__ = [
     "COLUMN",
     "DARK",
     "TEMPLATE",
+    "ability_curve",
+    "against_size",
     "at_width",
     "calibration",
     "comparison_curve",
     "dark",
+    "disturbance",
+    "dots",
     "export",
     "export_all",
     "forgetting_cohorts",
@@ -43,10 +52,14 @@ __all__ = [
     "residual_map",
     "residuals",
     "retention",
+    "round_anatomy",
     "round_seconds",
     "scores",
     "search_speed",
+    "sensitivity",
+    "shift_planes",
     "skipped_facts",
+    "told_stream",
     "update_directions",
     "update_norms",
     "update_spectrum",

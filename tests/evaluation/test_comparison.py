@@ -459,3 +459,38 @@ def test_the_manifest_says_what_was_compared(tmp_path: Path) -> None:
     assert about["machine"]["threads"] == str(torch.get_num_threads())
     assert about["facts"]["ids"] == FACTS.ids
     assert set(about["versions"]) == {"nse_tools", "torch", "transformers", "nnsight"}
+
+
+# ---- further tables --------------------------------------------------------------------------------------------------
+def test_further_tables_are_taken_after_each_tested_round_and_kept_with_the_cells(tmp_path: Path) -> None:
+    also = {
+        "growth": lambda session, t: session.drift(round=t).weights.drop(columns="round").assign(edits=sum(map(len, session.facts[:t])))
+    }
+    options = {"rounds_of": 1, "test_at": [2], "folder": tmp_path, "also": also}
+    made = run([NSE, MEMIT], seeds=(0, 1), **options)
+    table = made.also["growth"]
+    assert table.columns[:3].tolist() == ["method", "seed", "round"]
+    assert table.groupby(["method", "seed"])["round"].unique().map(list).tolist() == [[0, 2, 4]] * 4
+    assert (table.edits == table["round"]).all()
+    assert (table[table["round"] == 0].relative_change == 0).all()
+    assert (table[table["round"] > 0].relative_change > 0).all()
+    before = contents(tmp_path / "cells")
+    for again in (run([NSE, MEMIT], seeds=(0, 1), **options), load_comparison(tmp_path)):
+        pd.testing.assert_frame_equal(again.also["growth"], table)
+    assert contents(tmp_path / "cells") == before
+    with pytest.raises(SettingError, match="also is"):
+        run([NSE], rounds_of=1, test_at=[2], folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scores", "rounds", "A", "../x", ""])
+def test_names_of_further_tables_that_are_no_files_are_refused(name: str) -> None:
+    with pytest.raises(SettingError, match="small letters"):
+        run([NSE], also={name: lambda session, t: session.to_frame()})
+
+
+def test_the_number_of_contexts_is_chosen_by_their_first_words(tmp_path: Path) -> None:
+    run([MEMIT], folder=tmp_path, starters=("The", "You"))
+    noted = json.loads((tmp_path / "seeds" / "seed0.json").read_text())
+    assert len(noted["contexts"]) == 3
+    with pytest.raises(SettingError, match="starters"):
+        run([MEMIT], folder=tmp_path)

@@ -1,0 +1,98 @@
+"""``nse-tools figures list | run | draw``: the paper's experiments in a shell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from nse_tools.cli.shell import Facts, Model, Preset, Settings, console, errors_in_one_line, numbers_of, settings_of, stream_of
+
+commands = typer.Typer(help="The paper's experiments: run them, draw them from what is stored.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A figure (nse-tools figures list), or for run also a run.")]
+Folder = Annotated[Path, typer.Option("--out", help="Folder of the runs' results.")]
+
+
+@commands.command("list")
+def list_() -> None:
+    """Say which figures there are, what each shows and which run it needs."""
+    from nse_tools.figures.paper import FIGURES
+    from nse_tools.figures.runs import RUNS
+
+    figures = Table("figure", "shows", "run", box=box.SIMPLE_HEAD)
+    for figure in FIGURES.values():
+        figures.add_row(figure.name, escape(figure.shows), figure.run)
+    runs = Table("run", "asks", "facts", "in rounds of", "seeds", box=box.SIMPLE_HEAD)
+    for run in RUNS.values():
+        runs.add_row(run.name, escape(run.asks), str(run.size.n), str(run.size.rounds_of), str(len(run.size.seeds)))
+    console.print(figures)
+    console.print(runs)
+
+
+@commands.command()
+def run(
+    name: Name,
+    out: Folder = Path("runs/figures"),
+    model: Model = "smollm2-135m",
+    facts: Facts = "world",
+    n: Annotated[int | None, typer.Option(help="How many facts; the run's own number by default.")] = None,
+    rounds_of: Annotated[int | None, typer.Option(help="Facts in a round.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, with commas.")] = None,
+    tests: Annotated[int | None, typer.Option(help="After how many rounds, evenly spread, all facts so far are tested.")] = None,
+    as_in_paper: Annotated[bool, typer.Option(help="The paper's sizes instead of those for the embedded model.")] = False,
+    only: Annotated[str | None, typer.Option(help="Only these of its methods, with commas; others can follow later.")] = None,
+    preset: Preset = "smollm2-135m",
+    change: Settings = None,
+) -> None:
+    """Run what a figure needs; a run that was killed goes on where it was."""
+    from nse_tools.figures.paper import FIGURES
+    from nse_tools.figures.runs import RunSize, find_run, make_run
+    from nse_tools.models import load_model
+
+    with errors_in_one_line():
+        chosen = find_run(FIGURES[name].run if name in FIGURES else name)
+        usual = chosen.paper if as_in_paper else chosen.size
+        size = RunSize(
+            usual.n if n is None else n,
+            usual.rounds_of if rounds_of is None else rounds_of,
+            usual.seeds if seeds is None else tuple(numbers_of("--seeds", seeds)),
+            usual.tests if tests is None else tests,
+        )
+        made = make_run(
+            chosen.name,
+            load_model(model),
+            stream_of(facts),
+            out,
+            size=size,
+            preset=None if preset == "none" else preset,
+            settings=settings_of(change or []),
+            only=[word.strip() for word in only.split(",")] if only else None,
+        )
+    for part, result in made.items():
+        console.print(f"[bold]{escape(part)}[/bold]: {escape(repr(result))}")
+    console.print(f"Stored in {escape(str(out / chosen.name))}")
+
+
+@commands.command()
+def draw(
+    name: Name,
+    out: Folder = Path("runs/figures"),
+    into: Annotated[Path | None, typer.Option(help="Where the figure goes; the folder of the results by default.")] = None,
+    form: Annotated[str, typer.Option("--as", help="'html', or 'png', 'svg', 'pdf' where a browser is found.")] = "html",
+) -> None:
+    """Draw a figure from stored results, with its table as CSV beside it; no model is loaded."""
+    from nse_tools.figures.folders import make_folder
+    from nse_tools.figures.paper import draw_figure
+    from nse_tools.plots import export
+
+    with errors_in_one_line():
+        figure, table = draw_figure(name, out)
+        place = make_folder(into or out)
+        table.to_csv(place / f"{name}.csv", index=False, lineterminator="\n")
+        export(figure, place / f"{name}.{form}")
+    console.print("Written:", *(escape(str(place / f"{name}.{ending}")) for ending in (form, "csv")), sep="\n  ")

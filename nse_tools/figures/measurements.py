@@ -1,0 +1,143 @@
+"""What the runs measure besides the scores, each a table of a session as of a number of rounds (:func:`nse_tools.compare`'s ``also``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nse_tools.editing import EditRound, EditSession
+from nse_tools.evaluation import generate_texts, hidden_shift, round_scores
+from nse_tools.evaluation.neuron_usage import round_update
+from nse_tools.evaluation.scores import REWRITE
+from nse_tools.facts import Fact
+from nse_tools.models import EditableModel
+
+_EARLY = 20
+"""Facts of the first round that are asked again and again."""
+_NEW_TOKENS = 6
+_PROMPTS = 40
+
+
+def answers(session: EditSession, round: int) -> pd.DataFrame:
+    """Ask the first round's first facts, after round 1 also as the unedited model answered them.
+
+    Columns ``round``, ``fact``, ``prompt``, ``target_true``, ``target_new``, ``answer`` (what the model goes on with, the likeliest
+    token each time), ``success`` (p_new > p_true) and ``accuracy`` (all tokens of the new target are the likeliest).
+    """
+    asked_at = {0: (), 1: (0, 1)}.get(round, (round,))
+    return pd.concat([_answers(session, t) for t in asked_at], ignore_index=True) if asked_at else pd.DataFrame()
+
+
+def _answers(session: EditSession, round: int) -> pd.DataFrame:
+    asked = session.facts[0][:_EARLY]
+    found = round_scores(session, round, session.facts[0], kinds=(REWRITE,)).prompts.set_index("fact").loc[asked.ids]
+    with session.at(round) as model:
+        said = [_goes_on(model, fact) for fact in asked]
+    return pd.DataFrame(
+        {
+            "round": round,
+            "fact": asked.ids,
+            "prompt": [fact.text for fact in asked],
+            "target_true": [fact.target_true for fact in asked],
+            "target_new": [fact.target_new for fact in asked],
+            "answer": said,
+            "success": found.success.to_numpy(),
+            "accuracy": found.accuracy.to_numpy(),
+        }
+    )
+
+
+def _goes_on(model: EditableModel, fact: Fact) -> str:
+    length = len(model.encode(fact.text).ids) + _NEW_TOKENS
+    # one fact at a time: rows of one length need no padding, and the texts do not depend on which facts are asked
+    text = generate_texts(model, [replace(fact, generation=(fact.text,))], max_tokens=length, top_k=1).texts.text.iloc[0]
+    return " ".join(str(text).removeprefix(fact.text).split())
+
+
+def drift(session: EditSession, round: int) -> pd.DataFrame:
+    """Return how far neutral text and weights have moved (:meth:`Drift.to_frame`)."""
+    return session.drift(round=round).to_frame()
+
+
+def ability(session: EditSession, round: int) -> pd.DataFrame:
+    """Return the general ability at our own tasks (:attr:`AbilityScores.table`); the extra ``[ability]`` is needed."""
+    return session.ability(rounds=[round]).table
+
+
+def shift(session: EditSession, round: int) -> pd.DataFrame:
+    """Return where unrelated prompts stand before all edits and now (:meth:`HiddenShift.to_frame`), as of ``as_of``.
+
+    The prompts are neighbours of the first round's facts.
+    """
+    neighbors = list(dict.fromkeys(text for fact in session.facts[0] for text in fact.neighborhood)) if round else []
+    if len(neighbors) < 3:
+        return pd.DataFrame()
+    found = hidden_shift(session, neighbors[:_PROMPTS], rounds=(0, round))
+    shares = dict(zip(("explained1", "explained2"), found.explained, strict=True))
+    return found.to_frame().rename(columns={"round": "as_of"}).assign(**shares)
+
+
+def effects(session: EditSession, round: int) -> pd.DataFrame:
+    """Return what later rounds together did to each earlier fact, at its key: means over the edited layers.
+
+    ``disturbed`` is ‖(W_t − W_s) k‖ / ‖(W_s − W_{s−1}) k‖, how much later rounds changed the layer's output for the fact's key
+    beside what its own round s did; ``along`` is the part of that change along the own round's (−1: taken back); ``reuse`` is in
+    how many later rounds the neurons that the fact uses were written again, their squared activations the weights.
+    """
+    made = session.rounds[:round]
+    if len(made) < 2:
+        return pd.DataFrame()
+    parts = [_effects_at(made, layer) for layer in session.method.edited_layers]
+    return pd.concat(parts).groupby(["fact", "edited_in_round"], sort=False, as_index=False).mean()
+
+
+def _effects_at(made: Sequence[EditRound], layer: int) -> pd.DataFrame:
+    """Return :func:`effects` at one layer, walking back from the last round, so that later changes add up on the way."""
+    shape = round_update(made[-1], layer).shape
+    later, rewritten = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[1], dtype=torch.float64)
+    tables = []
+    for done in reversed(made):
+        delta, keys = round_update(done, layer), done.final_keys[layer].values.double()
+        if done is not made[-1]:
+            tables.append(_of_round(done, keys, keys @ delta.T, keys @ later.T, rewritten))
+        later += delta
+        rewritten += (delta != 0).any(dim=0)
+    return pd.concat(tables[::-1], ignore_index=True)
+
+
+def _of_round(done: EditRound, keys: Tensor, own: Tensor, later: Tensor, rewritten: Tensor) -> pd.DataFrame:
+    size = own.norm(dim=1).clamp(min=1e-300)
+    share = keys.square() / keys.square().sum(1, keepdim=True)
+    return pd.DataFrame(
+        {
+            "fact": done.facts.ids,
+            "edited_in_round": done.number,
+            "disturbed": (later.norm(dim=1) / size).tolist(),
+            "along": ((later * own).sum(1) / size**2).tolist(),
+            "reuse": (share @ rewritten).tolist(),
+        }
+    )
+
+
+def values(session: EditSession, round: int) -> pd.DataFrame:
+    """Return the course of a round's value search, a row a fact and step (:attr:`TargetValues.trace`)."""
+    return session.rounds[round - 1].values.trace if round else pd.DataFrame()
+
+
+def residuals(session: EditSession, round: int) -> pd.DataFrame:
+    """Return the facts' distances to their targets before every update of a round (:meth:`EditRound.residuals`)."""
+    return session.rounds[round - 1].residuals() if round else pd.DataFrame()
+
+
+def neurons(session: EditSession, round: int) -> pd.DataFrame:
+    """Return the neurons' scores at a round's first layer (:meth:`NeuronSelection.to_frame`)."""
+    return session.rounds[round - 1].selection(session.method.layers[0]).to_frame() if round else pd.DataFrame()
+
+
+def updates(session: EditSession, round: int) -> pd.DataFrame:
+    """Return a round's updates, a row a pass and layer (:meth:`EditRound.to_frame`)."""
+    return session.rounds[round - 1].to_frame() if round else pd.DataFrame()

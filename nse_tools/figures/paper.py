@@ -1,0 +1,250 @@
+"""The paper's figures, each drawn from the stored results of a run (:mod:`nse_tools.figures.runs`), in seconds and without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from nse_tools import plots
+from nse_tools.errors import SettingError, nearest
+from nse_tools.evaluation import Comparison
+from nse_tools.evaluation.scores import SCORED, harmonic_mean
+from nse_tools.figures.runs import load_run
+
+Parts = Mapping[str, Comparison]
+TOLD = ("nse", "memit")
+"""The methods whose answers are told, as in the paper's first figure."""
+_MOVED = ("nse", "memit_seq", "memit", "alphaedit")
+_PANELS = {"p": "neuron_threshold", "α": "alpha", "λ": "mom2_update_weight", "layers": "layers"}
+
+
+@dataclass(frozen=True)
+class PaperFigure:
+    """One figure: which run it needs, which table it draws, and how.
+
+    Parameters
+    ----------
+    name : str
+        Its name, and its files'.
+    run : str
+        The run whose results it is drawn from.
+    shows : str
+        What it shows, and which figure of the paper it stands for.
+    table : callable
+        Parts of the run → the numbers that are drawn.
+    draw : callable
+        Parts of the run → figure.
+    """
+
+    name: str
+    run: str
+    shows: str
+    table: Callable[[Parts], pd.DataFrame] = field(repr=False)
+    draw: Callable[[Parts], go.Figure] = field(repr=False)
+
+
+def find_figure(name: str) -> PaperFigure:
+    """Return a figure by its name.
+
+    Raises
+    ------
+    SettingError
+        If there is none, with the nearest.
+    """
+    if name not in FIGURES:
+        raise SettingError(f"There is no figure {name!r}.{nearest(name, FIGURES)} Known: {', '.join(FIGURES)}.")
+    return FIGURES[name]
+
+
+def draw_figure(name: str, folder: str | Path) -> tuple[go.Figure, pd.DataFrame]:
+    """Draw a figure from what is stored in a folder of runs; return it with its table.
+
+    Raises
+    ------
+    SettingError
+        If there is no such figure, or the folder holds nothing of its run.
+    """
+    chosen = find_figure(name)
+    parts = load_run(chosen.run, folder)
+    return chosen.draw(parts), chosen.table(parts)
+
+
+# ---- one run's comparison --------------------------------------------------------------------------------------------
+def _curve(
+    measure: str, facts_of: int | None = None, run: str = "sequence"
+) -> tuple[Callable[[Parts], pd.DataFrame], Callable[[Parts], go.Figure]]:
+    return (
+        lambda parts: parts[run].curve(measure, facts_of),
+        lambda parts: plots.comparison_curve(parts[run], measure, facts_of),
+    )
+
+
+def edits_of(comparison: Comparison) -> dict[int, int]:
+    """Return round → facts edited up to then."""
+    made = comparison.rounds.drop_duplicates("round").sort_values("round")
+    return {int(t): int(n) for t, n in zip(made["round"], made.edits, strict=True)}
+
+
+def _first_seed(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table.seed == table.seed.min()]
+
+
+def told_table(parts: Parts) -> pd.DataFrame:
+    """Return what :data:`TOLD` answered to the first facts, first seed."""
+    table = _first_seed(parts["sequence"].also["answers"])
+    return table[table.method.isin(TOLD)]
+
+
+def moved_table(parts: Parts) -> pd.DataFrame:
+    """Return where unrelated prompts stood before and after all edits, first seed."""
+    table = _first_seed(parts["sequence"].also["shift"])
+    last = table["round"] == table.groupby("method")["round"].transform("max")
+    return table[last & table.method.isin(_MOVED)].reset_index(drop=True)
+
+
+def disturbed_table(parts: Parts) -> pd.DataFrame:
+    """Return, for each fact before the last round, what later rounds did at its key and whether it holds at the end."""
+    comparison = parts["sequence"]
+    effects, scores = comparison.also["effects"], comparison.scores
+    key = ["method", "seed", "round", "fact"]
+    last = effects.groupby(["method", "seed"])["round"].transform("max")
+    holds = scores[[*key, "efficacy_accuracy"]].assign(holds=scores.efficacy_accuracy / 100)
+    return effects[effects["round"] == last].merge(holds, on=key)
+
+
+# ---- the main table --------------------------------------------------------------------------------------------------
+def reported() -> pd.DataFrame:
+    """Return the numbers reported for Llama-3-8B (2 000 edits in rounds of 100, CounterFact), percent; Score is computed from them."""
+    file = files("nse_tools.figures") / "data" / "reported_llama3_8b.csv"
+    with file.open(encoding="utf-8") as text:
+        table = pd.read_csv(text)
+    return table.assign(score=[harmonic_mean(row) for row in table[list(SCORED)].to_numpy().tolist()])
+
+
+def main_dots(parts: Parts) -> go.Figure:
+    """Draw the main table's scores, a row a method."""
+    ends = parts["sequence"].ends().rename(columns={"method": "variant"})
+    return plots.dots(ends, ("score", "efficacy_accuracy", "generalization", "specificity"))
+
+
+def reported_dots(parts: Parts) -> go.Figure:
+    """Draw what was reported for another, larger model: to stand beside, never to be mixed in."""
+    table = reported().rename(columns={"method": "variant"})
+    title = "As reported for Llama-3-8B, CounterFact, 2 000 edits in rounds of 100 (not measured here)"
+    return plots.dots(table, ("score", "efficacy", "generalization", "specificity"), title=title)
+
+
+# ---- grids -----------------------------------------------------------------------------------------------------------
+def ends_by_part(parts: Parts) -> pd.DataFrame:
+    """Return every part's measures at the end, ``part`` in front."""
+    return pd.concat([made.ends().assign(part=part) for part, made in parts.items()], ignore_index=True)
+
+
+def size_table(parts: Parts) -> pd.DataFrame:
+    """Return the measures at the end with ``rounds_of``, in its order."""
+    table = ends_by_part(parts)
+    return table.assign(rounds_of=table.part.str.removeprefix("of_").astype(int)).sort_values(["rounds_of", "method"], ignore_index=True)
+
+
+def sensitivity_tables(parts: Parts) -> dict[str, pd.DataFrame]:
+    """Return the measures at the end, mean over seeds, by setting, with the setting's ``value``."""
+    found = {}
+    for name, part in _PANELS.items():
+        if part in parts:
+            ends = parts[part].ends()
+            found[name] = _means(ends.assign(value=ends.method.str.partition("=")[2]))
+    for name, prefix in (("contexts", "contexts_"), ("tokens for C, per neuron", "tokens_")):
+        own = {int(part.removeprefix(prefix)): made.ends() for part, made in parts.items() if part.startswith(prefix)}
+        if own:
+            found[name] = _means(pd.concat([own[k].assign(value=str(k)) for k in sorted(own)]))
+    return found
+
+
+def _means(table: pd.DataFrame) -> pd.DataFrame:
+    return table.groupby("value", sort=False, as_index=False).mean(numeric_only=True)
+
+
+def _sensitivity_table(parts: Parts) -> pd.DataFrame:
+    return pd.concat([own.assign(setting=name) for name, own in sensitivity_tables(parts).items()], ignore_index=True)
+
+
+def _anatomy(parts: Parts) -> go.Figure:
+    values, neurons, residuals, updates = (_first_seed(parts["anatomy"].also[n]) for n in ("values", "neurons", "residuals", "updates"))
+    return plots.round_anatomy(values, neurons, residuals, updates)
+
+
+def _ends(part: str) -> Callable[[Parts], pd.DataFrame]:
+    return lambda parts: parts[part].ends()
+
+
+FIGURES: dict[str, PaperFigure] = {
+    figure.name: figure
+    for figure in (
+        PaperFigure(
+            "told",
+            "sequence",
+            "Figure 1: what NSE and MEMIT answer to early edits as later ones come",
+            told_table,
+            lambda parts: plots.told_stream(told_table(parts), edits_of(parts["sequence"])),
+        ),
+        PaperFigure(
+            "anatomy", "anatomy", "Figure 2: one real round, step by step", lambda parts: parts["anatomy"].also["residuals"], _anatomy
+        ),
+        PaperFigure("sequence_score", "sequence", "Figure 3: Score against the number of edits", *_curve("score")),
+        PaperFigure("sequence_accuracy", "sequence", "Figure 3, by accuracy on rewrites", *_curve("efficacy_accuracy")),
+        PaperFigure("sequence_generalization", "sequence", "Figure 3: generalization", *_curve("generalization")),
+        PaperFigure("sequence_specificity", "sequence", "Figure 3: specificity", *_curve("specificity")),
+        PaperFigure("sequence_first_round", "sequence", "accuracy on the first round's facts", *_curve("efficacy_accuracy", 1)),
+        PaperFigure("sequence_perplexity", "sequence", "Figure 5: perplexity on fixed text", *_curve("perplexity")),
+        PaperFigure(
+            "round_size",
+            "round_size",
+            "Figure 4: Score by the number of facts in a round",
+            size_table,
+            lambda parts: plots.against_size(size_table(parts)),
+        ),
+        PaperFigure(
+            "ability",
+            "sequence",
+            "Figure 5: general ability against the number of edits",
+            lambda parts: parts["sequence"].also["ability"],
+            lambda parts: plots.ability_curve(parts["sequence"].also["ability"], edits_of(parts["sequence"])),
+        ),
+        PaperFigure("main", "sequence", "the main table", lambda parts: parts["sequence"].summary(), main_dots),
+        PaperFigure("reported", "sequence", "the paper's main table, for Llama-3-8B", lambda parts: reported(), reported_dots),
+        PaperFigure(
+            "ablation",
+            "ablation",
+            "the ablation grid: values × old keys × p × passes",
+            _ends("ablation"),
+            lambda parts: plots.dots(parts["ablation"].ends().rename(columns={"method": "variant"})),
+        ),
+        PaperFigure(
+            "sensitivity",
+            "sensitivity",
+            "Score and accuracy against p, α, λ, layers, contexts, tokens for C",
+            _sensitivity_table,
+            lambda parts: plots.sensitivity(sensitivity_tables(parts)),
+        ),
+        PaperFigure(
+            "shift",
+            "sequence",
+            "hidden states of untouched prompts before and after",
+            moved_table,
+            lambda parts: plots.shift_planes(moved_table(parts)),
+        ),
+        PaperFigure(
+            "disturbance",
+            "sequence",
+            "neuron reuse and disturbance, and what is forgotten",
+            disturbed_table,
+            lambda parts: plots.disturbance(disturbed_table(parts)),
+        ),
+    )
+}
+"""Name → figure."""

@@ -1,0 +1,299 @@
+"""The runs behind the paper's figures: what is compared, how large, what is measured besides the scores; each goes on where it was.
+
+A run is one comparison or several (:func:`nse_tools.compare`), each in a folder of its own; figures are drawn from the folders,
+without a model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from nse_tools.editing import Method, methods
+from nse_tools.errors import SettingError, nearest
+from nse_tools.evaluation import Comparison, compare, load_comparison
+from nse_tools.evaluation.comparing import Measurement
+from nse_tools.facts import Fact, FactList
+from nse_tools.figures import measurements
+from nse_tools.models import EditableModel
+from nse_tools.tracing.contexts import STARTERS
+from nse_tools.tracing.corpus import Corpus, sample_corpus
+
+_log = logging.getLogger(__name__)
+
+Maker = Callable[..., Method]
+"""Name of a method and settings to change → the method, from the preset that was asked for."""
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """How large a run is.
+
+    Parameters
+    ----------
+    n : int
+        Facts edited.
+    rounds_of : int
+        Facts in a round.
+    seeds : tuple of int
+        Seeds of order, contexts and the text for C.
+    tests : int
+        After how many rounds, evenly spread, all facts so far are tested; the last is always one of them.
+    """
+
+    n: int
+    rounds_of: int
+    seeds: tuple[int, ...] = (0,)
+    tests: int = 5
+
+    def test_at(self, rounds_of: int) -> list[int]:
+        """Return the rounds that are tested, the first and the last among them."""
+        n_rounds = -(-self.n // rounds_of)
+        between = max(min(self.tests, n_rounds) - 1, 1)
+        return sorted({1 + round(i * (n_rounds - 1) / between) for i in range(between + 1)})
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of a run.
+
+    Parameters
+    ----------
+    methods : tuple of Method
+        The methods.
+    rounds_of : int, optional
+        Facts in a round, where not the run's.
+    starters : tuple of str
+        First words of the contexts.
+    tokens_per_neuron : float, optional
+        Tokens of the text for C over d_ff, where not the usual ten.
+    also : mapping
+        Further tables (:func:`nse_tools.compare`).
+    """
+
+    methods: tuple[Method, ...]
+    rounds_of: int | None = None
+    starters: tuple[str, ...] = STARTERS
+    tokens_per_neuron: float | None = None
+    also: Mapping[str, Measurement] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What has to be run for some of the paper's figures.
+
+    Parameters
+    ----------
+    name : str
+        Its name and its folder's.
+    asks : str
+        The question, in one sentence.
+    parts : callable
+        Takes a :data:`Maker`, the :class:`RunSize` and the model's number of layers; returns name → :class:`Part`.
+    size : RunSize
+        For the embedded model: what the stored results are of.
+    paper : RunSize
+        As in the paper, for a model of several billion parameters on a GPU.
+    """
+
+    name: str
+    asks: str
+    parts: Callable[[Maker, RunSize, int], Mapping[str, Part]] = field(repr=False)
+    size: RunSize
+    paper: RunSize
+
+
+COMPARED = ("nse", "memit_seq", "memit", "alphaedit", "prune", "rect", "rome", "ft", "ft_l")
+"""The methods of the main table, in its order."""
+
+
+def _sequence(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
+    also = {name: getattr(measurements, name) for name in ("answers", "drift", "ability", "shift", "effects")}
+    return {"sequence": Part(tuple(make(name) for name in COMPARED), also=also)}
+
+
+def _round_size(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
+    chosen = tuple(make(name) for name in ("nse", "memit_seq", "memit", "alphaedit"))
+    return {f"of_{k}": Part(chosen, rounds_of=k) for k in (1, 5, 10, 20, 50, 100) if k <= size.n}
+
+
+def _ablation(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
+    grid = product(("original", "current"), (True, False), (1.0, 0.8), (1, 2))
+    variants = [
+        make("nse", values_under=values, use_history=old, neuron_threshold=p, passes=passes).with_(
+            name=variant_name(values, old, p, passes)
+        )
+        for values, old, p, passes in grid
+    ]
+    return {"ablation": Part(tuple(variants))}
+
+
+def variant_name(values_under: str, old_keys: bool, p: float, passes: int) -> str:
+    """Return the name of a combination of NSE's four parts, as ``"W0, old keys, p 1, 2 passes"``."""
+    values = {"original": "W0", "current": "Wt"}[values_under]
+    return f"{values}, {'old keys' if old_keys else 'no old keys'}, p {p:g}, {passes} pass{'es' if passes > 1 else ''}"
+
+
+def _sensitivity(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
+    base = make("nse")
+    values: dict[str, Sequence[Any]] = {
+        "neuron_threshold": (0.5, 0.8, 0.9, 1.0),
+        "alpha": tuple(base.alpha * f for f in (0.2, 1, 4)),
+        "mom2_update_weight": tuple(base.mom2_update_weight * f for f in (0.02, 0.2, 1, 5, 20)),
+        "layers": tuple(
+            tuple(layer + by for layer in base.layers)
+            for by in (-2, 0, 2, 4)
+            if by >= -min(base.layers) and by < n_layers - max(base.layers)
+        ),
+    }
+    own = {name: tuple(base.with_(name=f"{name}={_short(v)}", **{name: v}) for v in dict.fromkeys(found)) for name, found in values.items()}
+    contexts = {f"contexts_{k + 1}": Part((base,), starters=STARTERS[:k]) for k in (0, 2, len(STARTERS))}
+    tokens = {f"tokens_{k}": Part((base,), tokens_per_neuron=k) for k in (2, 5, 10, 30)}
+    return {name: Part(found) for name, found in own.items()} | contexts | tokens
+
+
+def _short(value: Any) -> str:
+    return f"{value[0]}-{value[-1]}" if isinstance(value, tuple) else f"{value:g}"
+
+
+def _anatomy(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
+    also = {name: getattr(measurements, name) for name in ("answers", "values", "residuals", "neurons", "updates")}
+    return {"anatomy": Part((make("nse", neuron_threshold=0.9).with_(name="nse, p 0.9"),), also=also)}
+
+
+_PAPER = RunSize(2000, 100, seeds=(0, 1, 2), tests=20)
+RUNS: dict[str, Run] = {
+    run.name: run
+    for run in (
+        Run("sequence", "What does each method learn, keep and spoil as edits go on?", _sequence, RunSize(1000, 100, (0, 1, 2)), _PAPER),
+        Run("round_size", "Does it matter how many facts a round holds?", _round_size, RunSize(100, 20, tests=1), replace(_PAPER, n=1000)),
+        Run("ablation", "What does each of NSE's four parts contribute?", _ablation, RunSize(200, 20, tests=2), _PAPER),
+        Run("sensitivity", "How much do the settings matter?", _sensitivity, RunSize(100, 20, tests=1), replace(_PAPER, n=1000)),
+        Run("anatomy", "What happens in one round?", _anatomy, RunSize(20, 20), RunSize(100, 100)),
+    )
+}
+"""Name → run."""
+
+
+def find_run(name: str) -> Run:
+    """Return a run by its name.
+
+    Raises
+    ------
+    SettingError
+        If there is none, with the nearest.
+    """
+    if name not in RUNS:
+        raise SettingError(f"There is no run {name!r}.{nearest(name, RUNS)} Known: {', '.join(RUNS)}.")
+    return RUNS[name]
+
+
+def make_run(
+    name: str,
+    model: EditableModel,
+    facts: Sequence[Fact],
+    folder: str | Path,
+    *,
+    size: RunSize | None = None,
+    preset: str | None = methods.DEFAULT_PRESET,
+    settings: Mapping[str, Any] | None = None,
+    only: Iterable[str] | None = None,
+    progress: bool = True,
+) -> dict[str, Comparison]:
+    """Run what a figure needs, or go on with it; every finished cell (a method under a seed) is in the folder at once.
+
+    Parameters
+    ----------
+    name : str
+        One of :data:`RUNS`.
+    model : EditableModel
+        The model, unedited.
+    facts : sequence of Fact
+        The first ``size.n`` are edited.
+    folder : str or Path
+        Where results go: ``<folder>/<name>/<part>``.
+    size : RunSize, optional
+        The size for the embedded model by default.
+    preset : str, optional
+        The preset that all methods start from.
+    settings : mapping, optional
+        Settings of all methods to change.
+    only : iterable of str, optional
+        Only methods of these names; the others can be added later.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    dict of str to Comparison
+        What was asked for now, by part.
+
+    Raises
+    ------
+    SettingError
+        For an unknown run or method, too few facts, or a folder that holds another run.
+    """
+    run = find_run(name)
+    size = size or run.size
+    if len(facts) < size.n:
+        raise SettingError(f"The run {name!r} edits {size.n} facts; there are {len(facts)}. Give more facts, or a smaller size (n).")
+    parts = run.parts(_maker(preset, settings or {}), size, model.n_layers)
+    chosen = {part: _chosen(own, only) for part, own in parts.items()}
+    if not any(chosen.values()):
+        known = [method.name for own in parts.values() for method in own.methods]
+        raise SettingError(f"only={list(only or ())}: none of the run's methods; known: {', '.join(dict.fromkeys(known))}.")
+    made = {}
+    for part, own in parts.items():
+        if not chosen[part]:
+            continue
+        _log.info("%s: part %s, %d methods", name, part, len(chosen[part]))
+        rounds_of = own.rounds_of or size.rounds_of
+        made[part] = compare(
+            model,
+            FactList(facts[: size.n]),
+            chosen[part],
+            rounds_of=rounds_of,
+            seeds=size.seeds,
+            folder=Path(folder) / name / part,
+            test_at=size.test_at(rounds_of),
+            shuffle=True,
+            corpus=_text(model, own, size.seeds[0], progress),
+            starters=own.starters,
+            also=own.also,
+            progress=progress,
+        )
+    return made
+
+
+def load_run(name: str, folder: str | Path) -> dict[str, Comparison]:
+    """Read what is there of a run, by part; no model is needed.
+
+    Raises
+    ------
+    SettingError
+        If there is no such run, or the folder holds nothing of it.
+    """
+    place = Path(folder) / find_run(name).name
+    found = sorted(file.parent for file in place.glob("*/comparison.json"))
+    if not found:
+        raise SettingError(f"{place} holds nothing of the run {name!r}. Run it first: nse-tools figures run {name}.")
+    return {part.name: load_comparison(part) for part in found}
+
+
+def _text(model: EditableModel, part: Part, seed: int, progress: bool) -> Corpus | None:
+    """Return a part's own text for C; without one, each seed gets its own of the usual length."""
+    if part.tokens_per_neuron is None:
+        return None
+    return sample_corpus(model, n_tokens=round(part.tokens_per_neuron * model.d_ff), seed=seed, progress=progress)
+
+
+def _maker(preset: str | None, settings: Mapping[str, Any]) -> Maker:
+    return lambda method, **changed: methods.get(method, preset=preset, **{**settings, **changed})
+
+
+def _chosen(part: Part, only: Iterable[str] | None) -> list[Method]:
+    return [method for method in part.methods if only is None or method.name in only]

@@ -1,0 +1,140 @@
+"""Many variants side by side: rows of dots, and a measure against a setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from nse_tools.plots.theme import UNDER, figure, panels, plain, style
+
+_NAMES = {
+    "score": "Score",
+    "efficacy_accuracy": "accuracy on rewrites",
+    "first_round_accuracy": "accuracy, first round's facts",
+    "rounds_of": "facts in a round",
+}
+
+
+def dots(
+    table: pd.DataFrame, measures: Sequence[str] = ("score", "efficacy_accuracy", "specificity"), title: str | None = None
+) -> go.Figure:
+    """Draw measures of variants: a row a variant, a mark a measure, the row's mean over seeds (a bar from lowest to highest).
+
+    Parameters
+    ----------
+    table : DataFrame
+        ``variant`` and the measures in percent, a row a variant and seed; the order of the variants is kept.
+    measures : sequence of str
+        The columns drawn.
+    title : str, optional
+        Instead of the finding: the best by the first measure.
+    """
+    groups = table.groupby("variant", sort=False)[list(measures)]
+    mean, low, high = groups.mean(), groups.min(), groups.max()
+    best, name = mean[measures[0]].idxmax(), label(measures[0])
+    found = f"{best}: highest {name}, {mean[measures[0]].max():.1f}; lowest {mean[measures[0]].min():.1f} ({mean[measures[0]].idxmin()})"
+    fig = figure(title or found, "percent", "", height=190 + 30 * len(mean), width=860, tall=True)
+    for number, measure in enumerate(measures):
+        fig.add_trace(
+            go.Scatter(
+                x=mean[measure].tolist(),
+                y=[plain(v) for v in mean.index],
+                error_x={
+                    "type": "data",
+                    "array": (high - mean)[measure].tolist(),
+                    "arrayminus": (mean - low)[measure].tolist(),
+                    "thickness": 1.5,
+                    "width": 0,
+                },
+                mode="markers",
+                name=plain(label(measure)),
+                marker=style(number)["marker"] | {"size": 10, "color": style(number)["line"]["color"]},
+                hovertemplate="%{y}: %{x:.1f}<extra>" + plain(label(measure)) + "</extra>",
+            )
+        )
+    fig.update_yaxes(autorange="reversed", title_text="")
+    return fig.update_layout(legend=UNDER)
+
+
+def against_size(table: pd.DataFrame, measure: str = "score", title: str | None = None) -> go.Figure:
+    """Draw a measure against the number of facts in a round: a line a method, marks for seeds.
+
+    Parameters
+    ----------
+    table : DataFrame
+        ``method``, ``seed``, ``rounds_of`` and the measure in percent.
+    measure : str
+        The measure.
+    title : str, optional
+        Instead of the finding.
+    """
+    name = label(measure)
+    fig = figure(
+        title or f"{name} after the same edits in rounds of {table.rounds_of.min()} to {table.rounds_of.max()}", "facts in a round", name
+    )
+    for number, (method, own) in enumerate(table.groupby("method", sort=False)):
+        mean = own.groupby("rounds_of")[measure].mean()
+        look = style(number)
+        fig.add_trace(
+            go.Scatter(
+                x=mean.index.tolist(),
+                y=mean.tolist(),
+                mode="lines+markers",
+                name=plain(method),
+                line=look["line"],
+                marker=look["marker"] | {"size": 8},
+                hovertemplate=f"{plain(method)}, rounds of %{{x}}: %{{y:.1f}}<extra></extra>",
+            )
+        )
+    ticks = sorted(table.rounds_of.unique().tolist())
+    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[str(t) for t in ticks])
+    fig.update_yaxes(range=[0, 103])
+    return fig.update_layout(legend=UNDER)
+
+
+def sensitivity(
+    tables: Mapping[str, pd.DataFrame], measures: Sequence[str] = ("score", "efficacy_accuracy", "specificity"), title: str | None = None
+) -> go.Figure:
+    """Draw measures against the values of settings, a panel a setting.
+
+    Parameters
+    ----------
+    tables : mapping of str to DataFrame
+        Setting → ``value`` (text) and the measures in percent, in the order drawn.
+    measures : sequence of str
+        The columns drawn.
+    title : str, optional
+        Instead of the finding: which setting the first measure depends on most.
+    """
+    spans = {name: own[measures[0]].max() - own[measures[0]].min() for name, own in tables.items()}
+    widest = max(spans, key=lambda name: spans[name])
+    found = f"{label(measures[0])} varies most with {widest} ({spans[widest]:.1f} points), least with {min(spans, key=lambda n: spans[n])}"
+    fig = panels(title or found, list(tables), width=190 * len(tables) + 120, height=400, gap=0.025)
+    for col, own in enumerate(tables.values(), start=1):
+        for number, measure in enumerate(measures):
+            look = style(number)
+            fig.add_trace(
+                go.Scatter(
+                    x=own.value.map(plain).tolist(),
+                    y=own[measure].tolist(),
+                    mode="lines+markers",
+                    name=plain(label(measure)),
+                    legendgroup=measure,
+                    showlegend=col == 1,
+                    line=look["line"],
+                    marker=look["marker"] | {"size": 8},
+                    hovertemplate="%{x}: %{y:.1f}<extra>" + plain(label(measure)) + "</extra>",
+                ),
+                row=1,
+                col=col,
+            )
+        fig.update_xaxes(type="category", row=1, col=col)
+        fig.update_yaxes(range=[0, 103], showticklabels=col == 1, title_text="percent" if col == 1 else "", row=1, col=col)
+    return fig.update_layout(legend=UNDER)
+
+
+def label(measure: str) -> str:
+    """Return a measure's name as figures write it."""
+    return _NAMES.get(measure, measure.replace("_", " "))

@@ -1,0 +1,195 @@
+"""The paper's experiments on a small model: run, gone on with, stored, drawn without a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from models_small import build
+from nse_tools.cli import app
+from nse_tools.editing import EditSession, methods
+from nse_tools.errors import SettingError
+from nse_tools.evaluation import passages
+from nse_tools.facts import Fact, FactList
+from nse_tools.figures import measurements
+from nse_tools.figures.paper import FIGURES, disturbed_table, draw_figure, reported
+from nse_tools.figures.runs import RUNS, RunSize, load_run, make_run, variant_name
+from nse_tools.models import EditableModel
+from nse_tools.tracing import sample_contexts
+
+FACTS = FactList(
+    [
+        Fact("a", "Danielle Darrieux", "The mother tongue of {} is", "Rome", "French", neighborhood=("Berlin plays the", "In Rome")),
+        Fact("b", "Eiffel Tower", "The {} is in", "Japan", "Paris", None, ("Where is the Eiffel Tower? In",), ("The city of",)),
+        Fact(
+            "c",
+            "São Paulo",
+            "The city of {} is in",
+            "Italy",
+            "Brazil",
+            paraphrases=("São Paulo? It is in",),
+            neighborhood=("Lima is in", "Rio is in"),
+        ),
+        Fact("d", "Berlin", "The capital, {}, plays the", "tongue", "piano", neighborhood=("Therefore I think", "You and I")),
+        Fact("e", "Danielle", "The mother of {} is in", "Paris", "Rome", neighborhood=("The city", "The tower")),
+        Fact("f", "Tower", "Where is the {}? In", "Italy", "Japan", neighborhood=("I think", "Because of")),
+    ]
+)
+SETTINGS = {"layers": (1,), "v_num_grad_steps": 3, "mom2_update_weight": 0.1, "ft_num_steps": 2, "nullspace_unit": "relative"}
+SIZES = {
+    "sequence": RunSize(6, 2, tests=3),
+    "round_size": RunSize(6, 2, tests=1),
+    "ablation": RunSize(4, 2, tests=1),
+    "sensitivity": RunSize(4, 2, tests=1),
+    "anatomy": RunSize(3, 3),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EditableModel]:
+    """Return a small model; what is made of it stays out of the user's cache, and texts and tasks are short."""
+    short, whole = passages()[:2], EditSession.ability
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NSE_TOOLS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for module in ("perplexity", "drift"):
+            patch.setattr(sys.modules[f"nse_tools.evaluation.{module}"], "passages", lambda: short)
+        patch.setattr(EditSession, "ability", lambda session, **options: whole(session, limit=2, **options))
+        yield build("llama", "bos")
+
+
+@pytest.fixture(scope="module")
+def stored(small: EditableModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, size in SIZES.items():
+        make_run(name, small, FACTS, folder, size=size, preset=None, settings=SETTINGS, progress=False)
+    return folder
+
+
+def test_a_size_tests_the_first_and_the_last_round_and_some_between() -> None:
+    assert RunSize(1000, 100, tests=5).test_at(100) == [1, 3, 5, 8, 10]
+    assert RunSize(1000, 100, tests=99).test_at(100) == list(range(1, 11))
+    assert RunSize(90, 20, tests=1).test_at(20) == [1, 5]
+    assert RunSize(10, 20, tests=3).test_at(20) == [1]
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_every_figure_is_drawn_from_what_is_stored_without_a_model(
+    name: str, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", refuse)
+    figure, table = draw_figure(name, stored)
+    assert len(table)
+    assert any(len(trace.y) if trace.y is not None else len(trace.z) for trace in figure.data)
+    done = CliRunner().invoke(app, ["figures", "draw", name, "--out", str(stored), "--into", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert {file.name for file in tmp_path.iterdir()} == {f"{name}.html", f"{name}.csv"}
+    assert len(pd.read_csv(tmp_path / f"{name}.csv")) == len(table)
+
+
+def test_a_run_goes_on_where_it_was(small: EditableModel, stored: Path) -> None:
+    cells = stored / "sequence" / "sequence" / "cells"
+    before = {file: file.stat().st_mtime_ns for file in cells.rglob("*")}
+    assert len(list(cells.iterdir())) == 9
+    again = make_run("sequence", small, FACTS, stored, size=SIZES["sequence"], preset=None, settings=SETTINGS, progress=False)
+    assert {file: file.stat().st_mtime_ns for file in cells.rglob("*")} == before
+    pd.testing.assert_frame_equal(again["sequence"].also["effects"], load_run("sequence", stored)["sequence"].also["effects"])
+
+
+def test_a_cell_made_again_gives_the_same_numbers(small: EditableModel, stored: Path, tmp_path: Path) -> None:
+    options = {"size": SIZES["sequence"], "preset": None, "settings": SETTINGS, "progress": False}
+    again = make_run("sequence", small, FACTS, tmp_path, only=["memit_seq"], **options)["sequence"]
+    there = load_run("sequence", stored)["sequence"]
+    for name in ("answers", "drift", "effects", "shift"):
+        own = there.also[name][there.also[name].method == "memit_seq"].reset_index(drop=True)
+        pd.testing.assert_frame_equal(again.also[name], own, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+def test_the_ablation_has_every_combination_once() -> None:
+    parts = RUNS["ablation"].parts(lambda name, **changed: methods.get(name, **changed), RUNS["ablation"].size, 30)
+    grid = {(m.values_under, m.use_history, m.neuron_threshold, m.passes): m.name for m in parts["ablation"].methods}
+    assert len(grid) == len(parts["ablation"].methods) == 16
+    assert all(name == variant_name(*combination) for combination, name in grid.items())
+
+
+def test_sensitivity_keeps_to_the_models_layers() -> None:
+    parts = RUNS["sensitivity"].parts(lambda name, **changed: methods.get(name, **changed), RUNS["sensitivity"].size, 10)
+    assert [m.layers for m in parts["layers"].methods] == [(1, 2, 3, 4, 5), (3, 4, 5, 6, 7), (5, 6, 7, 8, 9)]
+
+
+def test_effects_equal_a_naive_walk_through_the_rounds(small: EditableModel) -> None:
+    method = methods.nse(preset=None, **SETTINGS | {"layers": (1, 2)}, neuron_threshold=0.7)
+    session = EditSession(small, method, contexts=sample_contexts(small), progress=False, value_cache=False)
+    weights = []
+    for batch in FACTS.rounds(2):
+        weights.append({layer: small.weight(layer).detach().double().clone() for layer in (1, 2)})
+        session.edit(batch)
+    weights.append({layer: small.weight(layer).detach().double().clone() for layer in (1, 2)})
+    found = measurements.effects(session, 3).set_index("fact")
+    assert found.index.tolist() == ["a", "b", "c", "d"]
+    for s, fact in ((1, "a"), (1, "b"), (2, "c"), (2, "d")):
+        disturbed, along, reuse = [], [], []
+        for layer in (1, 2):
+            done = session.rounds[s - 1]
+            key = done.final_keys[layer].values[done.facts.ids.index(fact)].double()
+            own, later = ((weights[b][layer] - weights[a][layer]) @ key for a, b in ((s - 1, s), (s, 3)))
+            disturbed.append(float(later.norm() / own.norm()))
+            along.append(float(later @ own / own.norm() ** 2))
+            written = sum((weights[t][layer] != weights[t - 1][layer]).any(0).double() for t in range(s + 1, 4))
+            reuse.append(float((key**2 * written).sum() / (key**2).sum()))
+        for name, expected in (("disturbed", disturbed), ("along", along), ("reuse", reuse)):
+            assert found.loc[fact, name] == pytest.approx(np.mean(expected), rel=1e-3), name
+    session.rewind(to=0)
+
+
+def test_answers_are_the_models_own(small: EditableModel, stored: Path) -> None:
+    table = load_run("sequence", stored)["sequence"].also["answers"]
+    asked = table[(table.method == "nse") & (table.seed == 0)]
+    assert asked["round"].unique().tolist() == [0, 1, 2, 3]
+    row = asked[asked["round"] == 0].iloc[0]
+    ids = list(small.encode(row.prompt).ids)
+    for _ in range(6):
+        ids.append(int(small.hf(torch.tensor([ids])).logits[0, -1].argmax()))
+    text = small.tokenizer.decode(ids, skip_special_tokens=True)
+    assert " ".join(text.removeprefix(row.prompt).split()) == row.answer
+
+
+def test_forgotten_facts_and_disturbance_are_of_the_same_facts(stored: Path) -> None:
+    parts = load_run("sequence", stored)
+    table = disturbed_table(parts)
+    assert set(table.holds.unique()) <= {0.0, 1.0}
+    assert (table.groupby(["method", "seed"]).size() == 4).all()
+
+
+def test_reported_scores_are_those_of_the_paper() -> None:
+    scores = reported().set_index("method").score
+    assert scores[["nse", "memit", "alphaedit"]].round(1).tolist() == [86.8, 59.9, 84.6]
+
+
+def test_bad_requests_are_refused_in_one_line(small: EditableModel, stored: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="Did you mean 'sequence'"):
+        make_run("sequnce", small, FACTS, tmp_path)
+    with pytest.raises(SettingError, match="edits 1000 facts; there are 6"):
+        make_run("sequence", small, FACTS, tmp_path)
+    with pytest.raises(SettingError, match="none of the run's methods"):
+        make_run("anatomy", small, FACTS, tmp_path, size=RunSize(2, 2), preset=None, settings=SETTINGS, only=["x"])
+    assert not any(tmp_path.iterdir())
+    for words, said in (
+        (["draw", "told", "--out", str(tmp_path)], "Run it first"),
+        (["draw", "tld"], "Did you mean 'told'"),
+        (["run", "x"], "no run"),
+    ):
+        done = CliRunner().invoke(app, ["figures", *words], env={"COLUMNS": "300"})
+        assert done.exit_code == 2
+        assert said in done.output
+    listed = CliRunner().invoke(app, ["figures", "list"], env={"COLUMNS": "200"})
+    assert all(name in listed.output for name in (*FIGURES, *RUNS))
