@@ -76,7 +76,7 @@ def _add_residuals(fig: go.Figure, residuals: pd.DataFrame) -> None:
     mean = residuals.groupby("step").residual.mean()
     _line(fig, mean.index, mean, MEAN, 3, "mean", (2, 1))
     steps = residuals.drop_duplicates("step").sort_values("step")
-    names = steps.layer.astype("string").fillna("end").tolist()
+    names = steps.layer.astype("Int64").astype("string").fillna("end").tolist()
     fig.update_xaxes(title_text="before updating layer", tickvals=steps.step.tolist(), ticktext=names, row=2, col=1)
     fig.update_yaxes(title_text="‖z − h‖ at the last edited layer", rangemode="tozero", row=2, col=1)
 
@@ -90,7 +90,8 @@ def _add_updates(fig: go.Figure, updates: pd.DataFrame) -> None:
                 marker_color=COLORS[number],
                 name=str(name),
                 text=[str(name)] * len(own),
-                textposition="auto",
+                textposition="outside",
+                textangle=0,
                 hovertemplate=f"{name}, %{{x}}: ‖ΔW‖ %{{y:.3g}}<extra></extra>",
             ),
             row=2,
