@@ -3,6 +3,7 @@
 A block of Python is marked by a comment on the line before it, which no reader sees:
 
 - ``<!-- run -->``: it is run on the stage; the blocks of a page share their names.
+- ``<!-- run: edited -->``: the same, after a first round of two facts.
 - ``<!-- run: long -->``: it is run by the long tests, with the model and the facts that it names itself.
 - ``<!-- raises -->``: it is run on the stage and raises what the block of text behind it says.
 

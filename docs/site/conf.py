@@ -34,7 +34,12 @@ nb_execution_mode = "off"  # build.py has executed them, or shows them as they a
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # none from the network: a panel is shown as plain tables
 
 autosummary_generate = False
-autodoc_default_options = {"members": True, "show-inheritance": False, "member-order": "bysource"}
+autodoc_default_options = {
+    "members": True,
+    "inherited-members": "Sequence,BaseException,VBox",
+    "show-inheritance": False,
+    "member-order": "bysource",
+}
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100

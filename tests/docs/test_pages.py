@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -40,7 +39,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @every_page
 def test_python_parses_and_marks_are_known(page: Path) -> None:
     for block in blocks(page):
-        assert block.mark in ("", "run", "run: long", "raises")
+        assert block.mark in ("", "run", "run: edited", "run: long", "raises")
         assert not block.mark or block.kind == "python"
         assert (block.mark == "raises") == bool(block.says)
         if block.kind == "python":
@@ -80,9 +79,8 @@ def check_command(words: list[str]) -> None:
         script = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
         assert given <= options_of(ROOT / script), script
     else:
-        group = typer.main.get_command(app)
-        assert isinstance(group, click.Group)
-        known = {option for parameter in group.commands[words[1]].params for option in (*parameter.opts, *parameter.secondary_opts)}
+        command: Any = typer.main.get_command(app).commands[words[1]]  # type: ignore[attr-defined]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         assert given <= known, sorted(known)
 
 
