@@ -1,7 +1,7 @@
 # The verbs of this project. Each does its whole set-up itself; run again, it takes seconds to get going.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := nse_tools tests benchmarks notebooks docs
+SOURCES := nse_tools tests benchmarks notebooks docs/site
 
 .PHONY: demo test test-long bench figures docs lab lint model clean
 

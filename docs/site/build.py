@@ -7,8 +7,9 @@ import logging
 import sys
 from pathlib import Path
 
-from executed import execute
 from sphinx.cmd.build import main as sphinx
+
+from executed import execute
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -36,7 +37,16 @@ def build(out: Path, kept: Path, *, quick: bool = False) -> int:
     if not quick:
         for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
             execute(notebook, kept)
-    options = ["-c", str(HERE), "-d", str(out.parent / f".{out.name}-read"), "-D", f"nse_executed={kept}", "--fail-on-warning", "--keep-going"]
+    options = [
+        "-c",
+        str(HERE),
+        "-d",
+        str(out.parent / f".{out.name}-read"),
+        "-D",
+        f"nse_executed={kept}",
+        "--fail-on-warning",
+        "--keep-going",
+    ]
     return sphinx(["-q", *options, str(ROOT), str(out)])
 
 

@@ -37,7 +37,6 @@ autosummary_generate = False
 autodoc_default_options = {
     "members": True,
     "inherited-members": "Sequence,BaseException,VBox",
-    "show-inheritance": False,
     "member-order": "bysource",
 }
 autodoc_typehints_format = "short"
@@ -51,6 +50,7 @@ html_theme = "furo"
 html_title = f"nse_tools {version}"
 html_math_renderer = "mathml"
 html_static_path = ["static"]
+html_favicon = "static/favicon.svg"
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False

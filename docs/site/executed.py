@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import logging
 import time
@@ -85,11 +84,16 @@ def static(output: dict[str, Any]) -> dict[str, Any]:
     data = output.get("data", {})
     data.pop(WIDGET, None)
     if FIGURE in data:
-        figure = {key: data[FIGURE].get(key) for key in ("data", "layout")}
-        height = (figure["layout"] or {}).get("height") or 450
-        text = html.escape(json.dumps(figure), quote=False)
-        output["data"] = {
-            "text/html": f'<div class="plotly-figure" style="min-height:{height:.0f}px"><script type="application/json">'
-            f"{text.replace('&lt;', chr(92) + 'u003c').replace('&gt;', chr(92) + 'u003e').replace('&amp;', chr(92) + 'u0026')}</script></div>"
-        }
+        figure = {key: data[FIGURE].get(key) or {} for key in ("data", "layout")}
+        height = figure["layout"].get("height") or 450
+        script = f'<script type="application/json">{within_script(figure)}</script>'
+        output["data"] = {"text/html": f'<div class="plotly-figure" style="min-height:{height:.0f}px">{script}</div>'}
     return output
+
+
+def within_script(data: object) -> str:
+    """Return JSON in which nothing can be taken for HTML, such as the end of the script around it."""
+    text = json.dumps(data)
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text

@@ -79,7 +79,7 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Hook into the build."""
+    """Connect with the build."""
     app.add_config_value("nse_executed", "", "env", [str])
     app.connect("source-read", prepare)
     app.connect("env-get-outdated", notebooks)

@@ -82,7 +82,9 @@ def test_every_page_is_built_and_nothing_on_it_comes_from_elsewhere(site: Path) 
         assert (site / page.relative_to(ROOT)).with_suffix(".html").exists(), page
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r"<(script|img|iframe)[^>]* src=\"(?:https?:)?//|<link(?![^>]*rel=\"(?:canonical|author)\")[^>]* href=\"https?:", text), page
+        assert not re.search(
+            r"<(script|img|iframe)[^>]* src=\"(?:https?:)?//|<link(?![^>]*rel=\"(?:canonical|author)\")[^>]* href=\"https?:", text
+        ), page
 
 
 def test_what_a_notebook_shows_without_and_with_a_run(site: Path) -> None:
@@ -102,7 +104,12 @@ def test_every_public_name_is_described(site: Path) -> None:
     for name in nse_tools._HOME:
         if name != "methods":
             assert f'id="nse_tools.{name}"' in described, name
-    for name in ("nse_tools.editing.methods.memit", "nse_tools.plots.residuals", "nse_tools.errors.FactError", "nse_tools.EditSession.undo"):
+    for name in (
+        "nse_tools.editing.methods.memit",
+        "nse_tools.plots.residuals",
+        "nse_tools.errors.FactError",
+        "nse_tools.EditSession.undo",
+    ):
         assert f'id="{name}"' in described or f'id="nse_tools.plots.{name}"' in described, name
 
 
