@@ -1,9 +1,9 @@
 # The verbs of this project. Each does its whole set-up itself; run again, it takes seconds to get going.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := nse_tools tests benchmarks notebooks
+SOURCES := nse_tools tests benchmarks notebooks docs/site
 
-.PHONY: demo test test-long bench figures lab lint model clean
+.PHONY: demo test test-long bench figures docs lab lint model clean
 
 demo: model            ## the main job: 100 edits in 5 rounds; table and figures into runs/demo
 	$(BIN)/nse-tools demo --out runs/demo
@@ -21,6 +21,9 @@ bench: model           ## every benchmark, engine beside the plain way; csv file
 figures: .venv/ready   ## every figure of README and docs anew, from stored results, into docs/images; no model
 	$(BIN)/python -m nse_tools.figures.regenerate
 
+docs: model            ## the documentation as a site in build/site; notebooks are executed if their copies are older than the code
+	$(BIN)/python docs/site/build.py $(if $(QUICK),--quick)
+
 lab: .venv/ready       ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
@@ -36,7 +39,7 @@ model: .venv/ready     ## fetch and convert the embedded model, once
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ui,ability,share,export,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ui,ability,share,export,docs,dev]"
 	touch $@
 
 clean:                 ## remove the environment and all runs

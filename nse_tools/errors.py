@@ -1,4 +1,7 @@
-"""The errors of nse_tools: one class per thing that can be wrong, all of them :class:`NSEError`."""
+"""The errors of nse_tools: one class per thing that can be wrong, all of them :class:`NSEError`.
+
+Each has a page in docs/errors: what it means, examples that raise it, what to do.
+"""
 
 from __future__ import annotations
 

@@ -64,23 +64,6 @@ def test_notebooks_are_stored_without_outputs(path: Path) -> None:
     assert all(not c["outputs"] and c["execution_count"] is None for c in code)
 
 
-def test_code_in_the_readme_is_python_and_uses_names_that_exist() -> None:
-    import nse_tools
-
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nse":
-                assert hasattr(nse_tools, node.attr), node.attr
-
-
-def test_links_of_the_readme_and_docs_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), (page.name, target)
-
-
 def test_library_prints_nothing_and_names_no_device() -> None:
     for path in (ROOT / "nse_tools").rglob("*.py"):
         text = path.read_text(encoding="utf-8")

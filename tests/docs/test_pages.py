@@ -1,0 +1,128 @@
+"""README and docs hold together: links lead somewhere, code parses and names what there is, commands have their options."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import nse_tools
+from nse_tools import errors
+from nse_tools.cli import app
+from pages_small import PAGES, ROOT, blocks, label, prose
+
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
+NAME = re.compile(r"(?<![\w.])nse\.(\w+(?:\.\w+)*)")
+every_page = pytest.mark.parametrize("page", PAGES, ids=label)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(prose(page)):
+        there = page.parent / target if target else page
+        assert there.exists(), f"{label(page)}: {target}"
+        assert not anchor or anchor in anchors(there), f"{label(page)}: {target}#{anchor}, of {sorted(anchors(there))}"
+
+
+@every_page
+def test_python_parses_and_marks_are_known(page: Path) -> None:
+    for block in blocks(page):
+        assert block.mark in ("", "run", "run: edited", "run: long", "raises")
+        assert not block.mark or block.kind == "python"
+        assert (block.mark == "raises") == bool(block.says)
+        if block.kind == "python":
+            ast.parse(block.code)
+
+
+@every_page
+def test_names_of_the_library_exist(page: Path) -> None:
+    for path in NAME.findall(page.read_text(encoding="utf-8")):
+        found: Any = nse_tools
+        for part in path.split("."):
+            assert hasattr(found, part), f"{label(page)}: nse.{path}"
+            found = getattr(found, part)
+
+
+def commands() -> Iterator[tuple[Path, list[str]]]:
+    """Yield what is to be typed into a shell, from blocks and within lines."""
+    for page in PAGES:
+        lines = [line for block in blocks(page) if block.kind != "python" for line in block.code.splitlines()]
+        for line in [*lines, *re.findall(r"`([^`\n]+)`", prose(page))]:
+            if re.match(r"(nse-tools|make|python) [\w./-]", line.strip()):
+                yield page, shlex.split(line, comments=True)
+
+
+def options_of(script: Path) -> set[str]:
+    """Return the options that a script reads."""
+    return set(re.findall(r"\"(--[\w-]+)\"", script.read_text(encoding="utf-8")))
+
+
+def check_command(words: list[str]) -> None:
+    """Raise if a program, target, script or option does not exist."""
+    given = {word.split("=")[0] for word in words if word.startswith("-") and word != "-m"}
+    if words[0] == "make":
+        targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+        assert {word for word in words[1:] if "=" not in word} <= targets
+    elif words[0] == "python":
+        script = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
+        assert given <= options_of(ROOT / script), script
+    else:
+        command: Any = typer.main.get_command(app).commands[words[1]]  # type: ignore[attr-defined]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert given <= known, sorted(known)
+
+
+def test_commands_and_their_options_exist() -> None:
+    found = list(commands())
+    assert {words[0] for _, words in found} == {"nse-tools", "make", "python"}
+    for page, words in found:
+        try:
+            check_command(words)
+        except (AssertionError, LookupError, OSError) as wrong:
+            pytest.fail(f"{label(page)}: {shlex.join(words)}: {wrong!r}")
+
+
+@pytest.mark.parametrize("line", ["make cofee", "nse-tools demo --no-such", "nse-tools brew", "python benchmarks/run_all.py --no-such"])
+def test_a_command_that_does_not_exist_is_noticed(line: str) -> None:
+    with pytest.raises((AssertionError, LookupError)):
+        check_command(shlex.split(line))
+
+
+def test_every_public_name_is_on_one_page_of_the_reference() -> None:
+    rooms = {name for name in nse_tools._ROOMS if name not in ("errors", "plots", "widgets")}
+    listed = [name for page in PAGES for block in blocks(page) if block.kind == "{public}" for name in block.code.split()]
+    assert sorted(listed) == sorted(set(nse_tools.__all__) - rooms - {"__version__"}), "add new names to a list in docs/reference"
+
+
+def test_every_error_has_a_page_with_an_example() -> None:
+    folder = ROOT / "docs" / "errors"
+    classes = {c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.NSEError)} - {errors.NSEError}
+    titles = {page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "): page for page in folder.glob("*.md")}
+    assert set(titles) - {"Errors"} == {c.__name__ for c in classes}
+    for name, page in titles.items():
+        raised = [block.says.split(":")[0] for block in blocks(page) if block.mark == "raises"]
+        assert name == "Errors" or name in raised, f"{label(page)} shows no {name}"
+        assert name == "Errors" or page.name in (folder / "index.md").read_text(encoding="utf-8")
+
+
+def test_every_page_is_listed_and_in_the_navigation() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    navigation = (ROOT / "docs" / "site" / "navigation.md").read_text(encoding="utf-8").split()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{page.stem}" in navigation
+        assert page.stem == "index" or f"]({page.name})" in index
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"notebooks/{notebook.stem}" in navigation
+        assert f"](../notebooks/{notebook.name})" in index
