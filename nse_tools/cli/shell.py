@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from nse_tools.errors import NSEError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 console = Console()
 
@@ -24,3 +30,21 @@ class errors_in_one_line:  # noqa: N801  (used like a function)
         if isinstance(error, NSEError):
             Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: ", error, markup=True)
             raise typer.Exit(2)
+
+
+def print_table(frame: pd.DataFrame) -> None:
+    """Print a table, or where it does not fit the terminal's width, its rows one below another."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in frame.columns:
+        table.add_column(escape(str(column)), overflow="fold")
+    for row in frame.itertuples(index=False):
+        table.add_row(*map(_cell, row))
+    if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+        console.print(table)
+        return
+    for row in frame.itertuples(index=False):
+        console.print("\n".join(f"{escape(str(name))}: {_cell(value)}" for name, value in zip(frame.columns, row, strict=True)), end="\n\n")
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else escape(f"{value:.2g}" if isinstance(value, float) else str(value))
