@@ -48,7 +48,7 @@ def test_the_whole_way(name: str, tmp_path: Path) -> None:
     session.save(tmp_path / "session")
     exports(session, tmp_path)
     session.undo()
-    assert session.rounds == (one,) or list(session.rounds) == [one]
+    assert list(session.rounds) == [one]
     session.undo()
     assert same(unedited, weights(model))
 
@@ -58,9 +58,9 @@ def test_the_whole_way(name: str, tmp_path: Path) -> None:
     assert loaded.rounds[1].digest == two.digest
     loaded.rewind(to=0)
     assert same(unedited, weights(fresh))
-    patch = apply_patch(fresh, tmp_path / "edit.safetensors")
+    apply_patch(fresh, tmp_path / "edit.safetensors")
     assert same(edited, weights(fresh))
-    remove_patch(fresh, patch)
+    remove_patch(fresh, tmp_path / "edit.safetensors")
     assert same(unedited, weights(fresh))
 
 

@@ -247,12 +247,13 @@ def trial_edit(model: EditableModel) -> Finding:
     if not undone:
         return "problem", "undo did not give the weights back (they were restored from a copy)", "Please report this model."
     table = done.values.to_frame()
+    first, last = table.probability_before[0], table.probability[0]
     left = done.final_residuals[0] / float(done.values.delta.norm())
     seen = (
-        f"layers {layers[0]}–{layers[-1]}: p({TRIAL.target_new}) {table.probability_before[0]:.2g} → {table.probability[0]:.2g} in the search; "
+        f"layers {layers[0]}–{layers[-1]}: p({TRIAL.target_new}) {first:.2g} → {last:.2g} in the search; "
         f"{100 * left:.0f} % of the residual left after {len(done.passes)} passes; undone bit for bit"
     )
-    if table.probability[0] <= table.probability_before[0]:
+    if last <= first:
         return "warning", seen, "The search did not make the target likelier: calibrate v_lr and clamp (nse.calibrate)."
     if left > 0.5:
         return "warning", seen, "The update does not reach the value: more passes, other layers (nse.calibrate)."
