@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from nse_tools.editing.solvers import LOW_RANK
 from nse_tools.planning import memory
-from nse_tools.planning.memory import all_parts, needed
+from nse_tools.planning.memory import Part, all_parts, needed
 from nse_tools.planning.shape import Shape
 from nse_tools.planning.workload import Workload
 
@@ -91,7 +91,7 @@ def _dtype(shape: Shape, dtype: torch.dtype, limits: Limits) -> Advice:
 def _facts_at_once(shape: Shape, work: Workload, rounds: int, dtype: torch.dtype, limits: Limits, held: Mapping[str, bool]) -> Advice:
     """Find the largest part of a round whose value search fits, by halves."""
     parts = all_parts(shape, work, rounds, dtype.itemsize, **held)
-    own = sum(p.bytes for p in parts if p.step == "values")
+    own = _search(parts)
     everything = limits.room(needed(parts, "values", "device"), needed(parts, "values", "host"))
     name = "facts in one compute_values"
     if everything is None or everything >= 0:
@@ -100,9 +100,13 @@ def _facts_at_once(shape: Shape, work: Workload, rounds: int, dtype: torch.dtype
     while facts > 1:
         facts //= 2
         less = memory.values(shape, work.scaled(facts, work.edited, int(work.steps), work.passes), dtype.itemsize)
-        if everything + own - sum(p.bytes for p in less) >= 0:
+        if everything + own - _search(less) >= 0:
             return Advice(name, str(facts), f"A whole round's search takes {_gb(own)}; in parts of {facts} it fits (TargetValues.join).")
     return Advice(name, "1", "Not even one fact's search fits beside the weights: a smaller dtype, or device_map, comes first.")
+
+
+def _search(parts: Sequence[Part]) -> float:
+    return needed([p for p in parts if p.step == "values"], "values")
 
 
 def _layers_at_once(shape: Shape, work: Workload, dtype: torch.dtype, limits: Limits) -> Advice:

@@ -6,6 +6,7 @@ old keys and the record are in the *host's* memory, in float64 where the solve w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from nse_tools.editing.value_search import MEMORY_BUDGET
 from nse_tools.planning.shape import Shape
 from nse_tools.planning.workload import Workload
 from nse_tools.tracing.batches import MAX_TOKENS
+from nse_tools.tracing.layouts import LONGEST_LINE
 
 Where = Literal["device", "host"]
 STEPS = ("load", "statistics", "values", "update")
@@ -39,6 +41,8 @@ class Part:
         How large it is.
     held : bool
         Whether it stays for the session, or is given back after the step.
+    turn : str
+        Parts of a step with different turns are not there at the same time; by default a part is there throughout.
     """
 
     step: str
@@ -46,6 +50,7 @@ class Part:
     where: Where
     bytes: float
     held: bool = False
+    turn: str = ""
 
 
 def all_parts(shape: Shape, work: Workload, rounds: int, itemsize: int, *, share_factor: bool = True, history: bool = True) -> list[Part]:
@@ -93,15 +98,11 @@ def statistics(shape: Shape, work: Workload, itemsize: int, tokens: int = MAX_TO
     # what the MLP of the last layer makes on its way comes on top of the keys kept so far
     passing = keys * itemsize + (2 if shape.gated else 1) * tokens * shape.d_ff * itemsize
     return [
-        Part("statistics", "sums of k kᵀ, float64", "host", 8 * n * square),
-        Part("statistics", "keys of a batch of text", "host", 4 * keys),
-        Part("statistics", "product of a batch, float32 and float64", "host", 12 * square),
-        Part(
-            "statistics",
-            "forward of a batch of text, or the cache of sampled text",
-            "device",
-            max(keys * itemsize, passing - 4 * keys, cache + logits),
-        ),
+        Part("statistics", "cache and logits of sampled text", "device", cache + logits, turn="text"),
+        Part("statistics", "sums of k kᵀ, float64", "host", 8 * n * square, turn="sums"),
+        Part("statistics", "keys of a batch of text", "host", 4 * keys, turn="sums"),
+        Part("statistics", "product of a batch, float32 and float64", "host", 12 * square, turn="sums"),
+        Part("statistics", "forward of a batch of text", "device", max(keys * itemsize, passing - 4 * keys), turn="sums"),
         Part("statistics", "C of the edited layers, float32", "host", 4 * n * square, held=True),
     ]
 
@@ -113,20 +114,22 @@ def values(shape: Shape, work: Workload, itemsize: int) -> list[Part]:
     cached = work.rows.rows * work.rows.longest * a_token
     scores = 8 * shape.n_heads * (work.rows.suffix.own + work.rows.suffix.cached) * above
     saved, passing = _activations(shape)
-    activations = work.rows.suffix.tokens * (above * saved + passing) * itemsize + scores
+    activations = work.rows.suffix.tokens * above * saved * itemsize + scores
     batches = max(1.0, above * saved * work.rows.suffix.tokens * itemsize / MEMORY_BUDGET)
     logits = work.rows.predictions * shape.vocabulary * _copies_of_logits(itemsize) / batches
     return [
-        Part("values", "cached keys and values of the prefixes, layers above L", "device", cached * above),
+        # of all layers, although those up to L are not used again: the trace's cycles hold them until Python collects them
+        Part("values", "cached keys and values of the prefixes", "device", cached * shape.n_layers),
         Part("values", "activations of the replayed tokens, for the way back", "device", activations / batches),
-        Part("values", "logits of the predictions, and their gradient", "device", logits),
+        Part("values", "logits of the predictions, and log p", "device", logits, turn="there"),
+        Part("values", "the way back through one layer", "device", work.rows.suffix.tokens * passing * itemsize / batches, turn="back"),
         Part("values", "p₀ of the KL term", "device", 12 * work.facts * shape.vocabulary),
     ]
 
 
 def _activations(shape: Shape) -> tuple[int, int]:
     """Return numbers kept for the way back per token and layer, and those of the layer that is being passed through."""
-    return 12 * shape.d_model + (3 if shape.gated else 5) * shape.d_ff, 4 * shape.d_ff
+    return 9 * shape.d_model + (3 if shape.gated else 5) * shape.d_ff, 4 * shape.d_ff
 
 
 def _copies_of_logits(itemsize: int) -> int:
@@ -145,14 +148,18 @@ def update(shape: Shape, work: Workload, itemsize: int, *, old_keys: int, share_
     width = shape.d_model * shape.d_ff
     rows = work.contexts.tokens + work.bare.tokens
     at_once = min(MAX_TOKENS, rows)
+    own = summed or not share_factor  # factors that serve this round only
+    scores = shape.n_heads * min(work.contexts.own + work.bare.own, at_once * LONGEST_LINE)
+    forward = (at_once * (3 * shape.d_ff + 6 * shape.d_model) + scores) * itemsize
     return [
         Part("update", "factors of λC, float64", "host", n * square if share_factor else 0.0, held=True),
         Part("update", "sum H of the old keys' k kᵀ, float64", "host", n * square if summed else 0.0, held=True),
         # summing H anew: the round's own sum and the new one beside the old; solving: the round's factors, and one block
-        Part("update", "λC + H and its factors, float64", "host", _solving(n, summed, share_factor) * square),
+        Part("update", "λC + H and its factors, float64", "host", _solving(n, summed, share_factor) * square, turn="solve"),
+        Part("update", "factors of the layers before, float64", "host", (n - 1) * square if own else 0.0, turn="run"),
+        Part("update", "forward of a batch of rows", "device", forward, turn="run"),
         Part("update", "copies of the edited weights, to go back to", "host", n * width * itemsize),
         Part("update", "states of the facts' rows", "device", 2 * rows * shape.d_model * itemsize),
-        Part("update", "forward of a batch of rows", "device", at_once * (3 * shape.d_ff + 6 * shape.d_model) * itemsize),
     ]
 
 
@@ -172,7 +179,11 @@ def record(shape: Shape, work: Workload, rounds: int) -> list[Part]:
     return [Part("update", f"record of {rounds} rounds", "host", rounds * (found + updates + keys), held=True)]
 
 
-def needed(parts: list[Part] | tuple[Part, ...], step: str, where: Where | None = None) -> float:
+def needed(parts: Sequence[Part], step: str, where: Where | None = None) -> float:
     """Return the bytes that are taken at most during a step: its own, and what is held; ``where`` None counts both places."""
     held = ("load",) if step in ("load", "statistics") else STEPS
-    return sum(p.bytes for p in parts if where in (None, p.where) and ((p.held and p.step in held) or (p.step == step and not p.held)))
+    here = [p for p in parts if where in (None, p.where)]
+    own = [p for p in here if p.step == step and not p.held]
+    by_turn = [sum(p.bytes for p in own if p.turn == turn) for turn in {p.turn for p in own if p.turn}]
+    throughout = sum(p.bytes for p in here if p.held and p.step in held) + sum(p.bytes for p in own if not p.turn)
+    return throughout + max(by_turn, default=0.0)

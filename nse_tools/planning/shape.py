@@ -154,8 +154,8 @@ def config_of(source: object) -> tuple[str, PretrainedConfig]:
 def _from_fields(fields: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(fields.pop("model_type", ""), **fields)
-    except (ValueError, TypeError) as wrong:
-        raise ModelError(f"transformers makes no configuration of these fields: {wrong:.300}") from wrong
+    except (ValueError, TypeError, KeyError) as wrong:
+        raise ModelError(f"transformers makes no configuration of these fields: {str(wrong)[:300]}") from wrong
 
 
 def _without_weights(config: PretrainedConfig) -> nn.Module:
