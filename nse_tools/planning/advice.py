@@ -126,7 +126,9 @@ def _layers_at_once(shape: Shape, work: Workload, dtype: torch.dtype, limits: Li
                 "." if whole else "; more do not fit at once."
             )
             return Advice(name, str(layers), why)
-    return Advice(name, "1", f"One layer's sum takes {_gb(a_layer)} in float64, which does not fit: edit on a host with more memory.")
+    return Advice(
+        name, "1", f"Even one layer does not fit: its sum takes {_gb(a_layer)} on the host, a batch of text its forward on the device."
+    )
 
 
 def _old_keys(shape: Shape, work: Workload, rounds: int, held: Mapping[str, bool]) -> Advice:

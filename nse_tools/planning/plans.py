@@ -72,7 +72,7 @@ class Plan:
         rows = []
         for step in STEPS:
             done = sum(self.operations[name] for name in OPERATIONS_OF[step])
-            on_device, on_host = (needed(self.parts, step, where) for where in ("device", "host"))  # type: ignore[arg-type]
+            on_device, on_host = (needed(self.parts, step, where) for where in ("device", "host"))
             rows.append((step, on_device / GB, on_host / GB, done / 1e12, self.limits.hold(on_device, on_host)))
         rows.append(("scoring", math.nan, math.nan, self.operations["scoring"] / 1e12, None))
         return pd.DataFrame(rows, columns=["step", "device_gb", "host_gb", "tera_operations", "fits"])
@@ -98,7 +98,7 @@ class Plan:
 
     def __repr__(self) -> str:
         fits = {None: "", True: ", fits", False: ", does not fit"}[self.fits]
-        device, host = (max(needed(self.parts, step, where) for step in STEPS) / GB for where in ("device", "host"))  # type: ignore[arg-type]
+        device, host = (max(needed(self.parts, step, where) for step in STEPS) / GB for where in ("device", "host"))
         return (
             f"Plan({self.model!r}, {self.rounds} rounds of {self.work.facts} facts, {str(self.dtype).removeprefix('torch.')}: "
             f"{device:.3g} GB on the device, {host:.3g} GB on the host{fits})"

@@ -62,8 +62,8 @@ class Shape:
         layers = submodule(bare, places.layers)
         assert isinstance(layers, nn.ModuleList)
         down = submodule(layers[0], places.down)
-        wide = down.weight.T if stores_transposed(down) else down.weight  # type: ignore[union-attr, operator]
-        d_model, d_ff = wide.shape
+        stored = tuple(down.get_parameter("weight").shape)
+        d_model, d_ff = reversed(stored) if stores_transposed(down) else stored
         mlp = submodule(layers[0], places.down.rsplit(".", 1)[0])
         heads = text.num_attention_heads
         return cls(
