@@ -2,7 +2,7 @@
 
     python benchmarks/rate.py --facts 1 16 --repeat 3
 
-Operations of the search are those of the cost model (``cost_model.py``) for the rows and steps of the run. The product is a square
+Operations of the search are those of the cost model (``nse_tools.planning``) for the rows and steps of the run. The product is a square
 float32 one, once by ``torch.nn.functional.linear`` and once as the engine makes it.
 """
 
@@ -16,10 +16,12 @@ import pandas as pd
 import torch
 
 from _machine import finish, parser, read, timed
-from cost_model import Shape, load_of_rows, search
 from nse_tools import compute_values, known_facts, load_model, methods, sample_contexts
 from nse_tools.editing.value_search import search_rows
 from nse_tools.models.kernels import fast_products
+from nse_tools.planning.operations import search
+from nse_tools.planning.shape import Shape
+from nse_tools.planning.workload import load_of_rows
 from value_search import warm_up
 
 PRODUCTS: dict[str, Callable[[], AbstractContextManager[None]]] = {

@@ -94,6 +94,10 @@ _HOME = {
     "score_facts": "evaluation",
     "update_spectra": "evaluation",
     "weight_growth": "evaluation",
+    "ModelCheck": "planning",
+    "Plan": "planning",
+    "check_model": "planning",
+    "plan": "planning",
     "LongSequence": "figures",
     "Report": "figures",
     "SavedSession": "storage",
@@ -115,7 +119,7 @@ _HOME = {
     "save_stream": "figures",
     "session_report": "figures",
 }
-_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "sharing", "storage", "tracing", "widgets"}
+_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "planning", "plots", "sharing", "storage", "tracing", "widgets"}
 
 __all__ = ["__version__", *sorted(_HOME), *sorted(_ROOMS)]  # noqa: PLE0604
 
@@ -125,6 +129,7 @@ if TYPE_CHECKING:
     from nse_tools.facts import *  # noqa: F403
     from nse_tools.figures import *  # noqa: F403
     from nse_tools.models import *  # noqa: F403
+    from nse_tools.planning import *  # noqa: F403
     from nse_tools.sharing import *  # noqa: F403
     from nse_tools.storage import *  # noqa: F403
     from nse_tools.tracing import *  # noqa: F403

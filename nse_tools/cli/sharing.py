@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
-from nse_tools.cli.shell import Model, console, errors_in_one_line
+from nse_tools.cli.shell import Model, console, errors_in_one_line, print_table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from nse_tools.sharing import SharedEdit
 
 commands = typer.Typer()
@@ -70,26 +66,8 @@ def verify(patch: PatchPath, model: Model = "smollm2-135m") -> None:
 
 def _show(edit: SharedEdit, facts: int) -> None:
     console.print(escape(repr(edit)))
-    _print_table(edit.to_frame())
+    print_table(edit.to_frame())
     listed = edit.facts_frame()
-    _print_table(listed.head(facts))
+    print_table(listed.head(facts))
     if len(listed) > facts:
         console.print(f"… and {len(listed) - facts} more facts (--facts {len(listed)})")
-
-
-def _print_table(frame: pd.DataFrame) -> None:
-    """Print a table, or where it does not fit the terminal's width, its rows one below another."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for column in frame.columns:
-        table.add_column(escape(str(column)), overflow="fold")
-    for row in frame.itertuples(index=False):
-        table.add_row(*map(_cell, row))
-    if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
-        console.print(table)
-        return
-    for row in frame.itertuples(index=False):
-        console.print("\n".join(f"{escape(str(name))}: {_cell(value)}" for name, value in zip(frame.columns, row, strict=True)), end="\n\n")
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else escape(f"{value:.2g}" if isinstance(value, float) else str(value))

@@ -7,11 +7,16 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from nse_tools.errors import NSEError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from nse_tools.facts import FactList
 
 console = Console()
@@ -63,3 +68,21 @@ def numbers_of(option: str, text: str) -> list[int]:
     if not numbers or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
         raise NSEError(f"{option} {text}: expected whole numbers, with commas.")
     return [int(number) for number in numbers]
+
+
+def print_table(frame: pd.DataFrame) -> None:
+    """Print a table, or where it does not fit the terminal's width, its rows one below another."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in frame.columns:
+        table.add_column(escape(str(column)), overflow="fold")
+    for row in frame.itertuples(index=False):
+        table.add_row(*map(_cell, row))
+    if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+        console.print(table)
+        return
+    for row in frame.itertuples(index=False):
+        console.print("\n".join(f"{escape(str(name))}: {_cell(value)}" for name, value in zip(frame.columns, row, strict=True)), end="\n\n")
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else escape(f"{value:.2g}" if isinstance(value, float) else str(value))

@@ -54,8 +54,10 @@ def find_architecture(model: nn.Module) -> Architecture:
     Raises
     ------
     ModelError
-        If none fits; the message shows the module tree and how to name the four places by hand.
+        If none fits; the message shows the module tree and how to name the four places by hand. Also if MLPs are mixtures of
+        experts.
     """
+    _refuse_mixtures(model)
     for row in ARCHITECTURES.values():
         if _fits(model, row):
             return row
@@ -65,6 +67,17 @@ def find_architecture(model: nn.Module) -> Architecture:
         f"layers='path.of.layers', down='path.in.layer.to.the.down.projection', norm='path.of.final.norm', "
         f"unembedding='lm_head')).\nIts module tree (first layer only):\n{module_tree(model)}"
     )
+
+
+def _refuse_mixtures(model: nn.Module) -> None:
+    """Refuse MLPs where a token passes a few of many down projections: no one weight holds its fact."""
+    mixed = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] == "experts"]
+    if mixed:
+        raise ModelError(
+            f"{type(model).__name__} is a mixture of experts ({mixed[0]!r} and {len(mixed) - 1} more): each token is sent through a few of "
+            "many down projections, so that a fact has no one weight whose keys could be averaged over contexts, and this method has "
+            "nothing to edit there. Take a model with dense MLPs, of the same family perhaps."
+        )
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:

@@ -43,6 +43,19 @@ class OriginalWeights:
                 raise ModelError(f"Layer {index} of {self._model.name}: the down projection holds NaN or infinite weights.")
             self._kept[index] = copy_of(weight)
 
+    def release(self, layers: Iterable[int]) -> None:
+        """Forget the originals of layers that carry no edit, as if :meth:`keep` had not been called.
+
+        Raises
+        ------
+        ModelError
+            If a layer's present weights are not its originals.
+        """
+        for index in set(layers) & set(self._kept):
+            if not torch.equal(copy_of(self._model.weight(index)), self._kept[index]):
+                raise ModelError(f"Layer {index} of {self._model.name} is edited; its original weights are kept.")
+            del self._kept[index]
+
     def __getitem__(self, layer: int) -> Tensor:
         if layer not in self._kept:
             raise ModelError(f"No original weight of layer {layer} is kept; layers kept: {sorted(self._kept)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -138,6 +139,8 @@ def _accumulate(model: EditableModel, layers: list[int], corpus: Corpus, checkpo
             keys = _keys(model, layers, [corpus.sequences[r] for r in plan[number]])
             for layer in layers:
                 sums[layer] += (keys[layer].T @ keys[layer]).double()
+            del keys
+            gc.collect()  # a trace leaves cycles behind that hold a whole batch's keys
             bar.update()
             if (number + 1) % every == 0 and number + 1 < len(plan):
                 _save({**{str(la): s for la, s in sums.items()}, "done": torch.tensor(number + 1)}, checkpoint, {})

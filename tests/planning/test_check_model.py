@@ -1,0 +1,102 @@
+"""``check_model`` on models that can be edited, and on models that are wrong in one way each: it says which."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models_small import NAMES, build, build_hf, tokenizer
+from nse_tools.models import EditableModel
+from nse_tools.planning import ModelCheck, check_model
+from nse_tools.planning.checks import trial_layers
+from sessions_small import same, weights
+
+NORM_BEHIND = {"gemma2", "gemma3", "olmo2"}
+WINDOWED = {"mistral", "gemma2", "gemma3"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture_is_checked_and_left_as_it_was(name: str) -> None:
+    model = build(name)
+    before = weights(model)
+    found = check_model(model)
+    assert same(before, weights(model))
+    assert model.originals.layers == []
+    assert found.ok, found.to_frame().to_string()
+    assert (found["behind the MLP"].verdict == "warning") == (name in NORM_BEHIND)
+    assert (found["window"].verdict == "warning") == (name in WINDOWED)
+    assert "undone bit for bit" in found["trial edit"].seen
+    assert len(repr(found).splitlines()) == 1
+
+
+def test_a_norm_behind_the_mlp_leaves_more_of_the_residual() -> None:
+    left = {
+        name: float(check_model(build(name))["trial edit"].seen.split(" % of the residual")[0].split()[-1]) for name in ("llama", "olmo2")
+    }
+    assert left["llama"] < 5 < left["olmo2"]
+
+
+def test_precision_offloading_and_shared_weights_are_seen() -> None:
+    assert check_model(build(dtype=torch.bfloat16))["numbers"].verdict == "warning"
+    shared = build()
+    shared.down(1).weight = shared.down(0).weight
+    assert check_model(shared)["shared weights"].verdict == "problem"
+    away = build()
+    other = next(layer for layer in range(4) if layer not in trial_layers(away))
+    place = away.layer(other).mlp.up_proj
+    found = check_model(away)
+    assert found["place of the weights"].seen == "all on cpu"
+    place.weight = torch.nn.Parameter(place.weight.to("meta"), requires_grad=False)
+    from nse_tools.planning.checks import place_of_weights
+
+    assert place_of_weights(away)[0] == "warning"
+    away.down(trial_layers(away)[-1]).weight = torch.nn.Parameter(torch.empty(32, 40, device="meta"), requires_grad=False)
+    assert place_of_weights(away)[0] == "problem"
+
+
+def test_a_tokenizer_of_another_model_is_noticed() -> None:
+    tok = tokenizer("metaspace")
+    model = EditableModel(build_hf("llama", vocab=60), tok)
+    found = check_model(model)
+    assert not found.ok
+    assert "no embedding" in found["tokens"].seen
+
+
+def test_a_projection_that_does_more_than_its_weight_is_noticed() -> None:
+    model = build()
+    down = model.down(trial_layers(model)[-1])
+    down.register_forward_hook(lambda _, __, out: 1.5 * out)
+    found = check_model(model)
+    assert found["architecture"].verdict == "problem"
+    assert not found.ok
+
+
+def test_a_model_that_ignores_padding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nse_tools.planning import checks
+
+    real = checks.LastTokenStates.record
+
+    def off_by_one(model, rows, *places, **more):
+        return real(model, [row[: -1 - (len(rows) > 1)] for row in rows], *places, **more)
+
+    monkeypatch.setattr(checks.LastTokenStates, "record", off_by_one)
+    assert check_model(build())["padding"].verdict == "problem"
+
+
+def test_a_model_that_carries_edits_gets_no_trial() -> None:
+    model = build()
+    model.originals.keep([0])
+    model.weight(0).mul_(1.01)
+    assert "carries edits" in check_model(model)["trial edit"].seen
+
+
+def test_a_model_that_cannot_be_wrapped_gives_one_problem() -> None:
+    import transformers as tf
+
+    config = tf.OlmoeConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, num_experts=4
+    )
+    found = check_model(tf.AutoModelForCausalLM.from_config(config), tokenizer())
+    assert isinstance(found, ModelCheck)
+    assert not found.ok
+    assert "mixture of experts" in found.checks[0].seen
