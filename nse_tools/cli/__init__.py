@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from nse_tools.cli import sharing
+from nse_tools.cli import sharing, streaming
 from nse_tools.cli.shell import Model, console, errors_in_one_line
 from nse_tools.errors import NSEError
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="See and steer what a language model knows.", no_args_is_help=True, add_completion=False)
 app.add_typer(sharing.commands)
+app.command()(streaming.stream)
 
 _SHOWN = {
     "round": "round",

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from nse_tools.storage.identity import ModelIdentity, MomentsIdentity
 from nse_tools.storage.rounds import MALFORMED, from_json, to_json
 from nse_tools.tracing.contexts import Contexts
 
-FORMAT = 1
-"""Version of the layout on disk; a higher one is refused."""
+FORMAT = 2
+"""Version of the layout on disk; a higher one is refused. Since 2, a round says what it replaces."""
 MANIFEST, PREVIOUS = "session.json", "session.previous.json"
 _FOLDER = re.compile(r"\d{4,9}-[0-9a-f]{16}")
 OWN_FILE = re.compile(r"(scores\.csv|rounds\.csv|moments-[0-9a-f]{16}\.safetensors)")
@@ -108,7 +108,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     OSError
         If the folder is full or cannot be written.
     """
-    body = encode(manifest, Parts())
+    body = encode(replace(manifest, rounds=()), Parts())
+    body["rounds"] = [vars(entry) for entry in manifest.rounds]  # as encode would, many times faster: there may be thousands
     sealed = to_json({"format": FORMAT, "checksum": _checksum(body), "session": body})
     with suppress(StorageError):  # a damaged head must not take the place of a good one
         read_manifest(folder / MANIFEST)
