@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nse_tools.editing.keys import Keys
 from nse_tools.editing.rounds import Replaced
+from nse_tools.errors import StateError
 
 
 class KeySource(Protocol):
@@ -128,6 +129,8 @@ class KeyHistory:
         for number, ids in by_round.items():
             if layer in (source := self._rounds[number - 1]).n_keys:
                 keys = source.keys[layer]
+                if missing := set(ids) - set(keys.fact_ids):
+                    raise StateError(f"Round {number} has no fact {min(missing)!r}, which a later round says it replaces.")
                 found.append(keys.values[[keys.fact_ids.index(fact) for fact in ids]])
         return torch.cat(found)
 

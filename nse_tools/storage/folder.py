@@ -16,15 +16,13 @@ import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pandas as pd
 from filelock import FileLock, Timeout
 
 from nse_tools._origin import machine, versions
-from nse_tools._show import table_html
 from nse_tools.editing import EditRound, EditSession
 from nse_tools.editing.round_list import HeldRound, Rounds
 from nse_tools.errors import SettingError, StorageError
@@ -42,44 +40,11 @@ from nse_tools.storage.manifest import (
     write_manifest,
 )
 from nse_tools.storage.rounds import ABOUT, MALFORMED, files_of, names_in, round_from
+from nse_tools.storage.saved import SavedSession
 from nse_tools.tracing.moments import SecondMoments
 
 _log = logging.getLogger(__name__)
 _ROUNDS, _LOCK = "rounds", ".lock"
-
-
-@dataclass(frozen=True)
-class SavedSession:
-    """A session as it is on disk; looking at it needs no model.
-
-    Parameters
-    ----------
-    about : Manifest
-        What it is.
-    rounds : Rounds
-        Its rounds, oldest first.
-    lost : str, optional
-        What had to be left out at the end, and why.
-    """
-
-    about: Manifest = field(repr=False)
-    rounds: Rounds
-    lost: str | None = None
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row a pass and layer, as the rounds' own tables have."""
-        return pd.concat([r.to_frame() for r in self.rounds], ignore_index=True) if len(self.rounds) else pd.DataFrame()
-
-    def __repr__(self) -> str:
-        facts = sum(held.n_facts for held in self.rounds.held)
-        left_out = f"; lost: {self.lost}" if self.lost else ""
-        return (
-            f"SavedSession({self.about.model.name}: {len(self.rounds)} rounds, {facts} facts, {self.about.method!r}, "
-            f"written {self.about.written}{left_out})"
-        )
-
-    def _repr_html_(self) -> str:
-        return table_html(self.to_frame(), head=self)
 
 
 class SessionFolder:
@@ -96,6 +61,7 @@ class SessionFolder:
         self._lock: FileLock | None = None
         self._kept: dict[HeldRound, RoundEntry] = {}
         self._swept = False
+        self._head: bytes | None = None
         self._manifest: Manifest | None = None
         self._moments: tuple[SecondMoments, MomentsIdentity] | None = None
 
@@ -176,6 +142,9 @@ class SessionFolder:
                     f"was before it: EditSession.load(…, upto={damaged[0] - 1})."
                 )
             lost = "; ".join(filter(None, [lost, f"{why}, the last that is whole is round {len(rounds)}"]))
+        for number, held in enumerate(rounds.held, start=1):
+            if bad := [old for old in held.replaces if not 1 <= old.round < number]:
+                raise StorageError(f"{self.path}: round {number} says that it replaces {bad[0]}, which is no earlier round.")
         if lost:
             _log.warning("%s was not left in order: %s", self.path, lost)
         # tables may tell of rounds that are left out
@@ -312,10 +281,14 @@ class SessionFolder:
         before = self._manifest
         entries = [self._kept.get(held) or self._write_round(number, held.record) for number, held in enumerate(rounds.held, start=1)]
         manifest = self._manifest_of(session, entries, tables)
-        write_manifest(self.path, manifest)
+        self._head = write_manifest(self.path, manifest, self._head)
         self._manifest, self._kept = manifest, dict(zip(rounds.held, entries, strict=True))
         # nothing was taken back and nothing replaced: there is nothing to sweep before the next writing
-        self._swept = before is not None and before.tables == tables and before.rounds == manifest.rounds[: len(before.rounds)]
+        self._swept = before is not None and (before.tables, before.moments, before.rounds) == (
+            manifest.tables,
+            manifest.moments,
+            manifest.rounds[: len(before.rounds)],
+        )
 
     def _write_round(self, number: int, done: EditRound) -> RoundEntry:
         """Write a round, unless it is there already, and return where it is."""

@@ -100,8 +100,22 @@ class Manifest:
             raise ValueError("it names a round twice")
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest, known: bytes | None = None) -> bytes:
     """Write a session's head in one step; the one before stays beside it, for the case that this one is damaged later.
+
+    Parameters
+    ----------
+    folder : Path
+        The session's folder.
+    manifest : Manifest
+        The head.
+    known : bytes, optional
+        A head that was written before: where the file still holds it, it need not be checked again.
+
+    Returns
+    -------
+    bytes
+        What was written.
 
     Raises
     ------
@@ -111,10 +125,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     body = encode(replace(manifest, rounds=()), Parts())
     body["rounds"] = [vars(entry) for entry in manifest.rounds]  # as encode would, many times faster: there may be thousands
     sealed = to_json({"format": FORMAT, "checksum": _checksum(body), "session": body})
-    with suppress(StorageError):  # a damaged head must not take the place of a good one
-        read_manifest(folder / MANIFEST)
+    with suppress(StorageError, FileNotFoundError):  # a damaged head must not take the place of a good one
+        if known is None or (folder / MANIFEST).read_bytes() != known:
+            read_manifest(folder / MANIFEST)
         write_durably(folder / PREVIOUS, (folder / MANIFEST).read_bytes())
     write_durably(folder / MANIFEST, sealed)
+    return sealed
 
 
 def read_manifest(file: Path) -> Manifest:

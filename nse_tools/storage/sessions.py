@@ -12,10 +12,11 @@ from nse_tools.errors import StateError, StorageError
 from nse_tools.models import EditableModel
 from nse_tools.storage import tables
 from nse_tools.storage.codec import tensors_from_bytes
-from nse_tools.storage.folder import SavedSession, SessionFolder
+from nse_tools.storage.folder import SessionFolder
 from nse_tools.storage.identity import ModelIdentity, MomentsIdentity, doubts, wrong_weights
 from nse_tools.storage.manifest import Manifest
 from nse_tools.storage.rounds import MALFORMED
+from nse_tools.storage.saved import SavedSession
 from nse_tools.tracing.moments import SecondMoments, second_moments
 
 _log = logging.getLogger(__name__)
