@@ -86,9 +86,9 @@ def test_a_causal_trace(name: str, sent: list[bytes]) -> None:
 
 def test_the_check_finds_a_weight_that_is_sent(sent: list[bytes]) -> None:
     model = build()
-    weight = model.weight(1)
+    weight, block = model.weight(1), model.layer_envoy(1)
     with torch.no_grad(), model.lm.trace(input_ids=torch.tensor([[1, 2, 3]]), remote="local"):
-        found = (model.layer_envoy(1).output.sum() + weight.sum()).save()
+        found = (block.output.sum() + weight.sum()).save()
     assert torch.isfinite(found)
     with pytest.raises(AssertionError):
         no_weight_in(sent, model)
