@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models_small import CONTEXTS, build, moments_for
 from nse_tools.editing import EditSession, Method
+from nse_tools.editing.round_list import Rounds
 from nse_tools.evaluation import compare
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
@@ -86,7 +87,7 @@ def assert_same(one: Any, other: Any, where: str = "", ignoring: tuple[str, ...]
         assert list(one) == list(other), where
         for key in one:
             assert_same(one[key], other[key], f"{where}[{key}]", ignoring)
-    elif isinstance(one, tuple | list):
+    elif isinstance(one, tuple | list | Rounds):
         assert len(one) == len(other), where
         for i, (a, b) in enumerate(zip(one, other, strict=True)):
             assert_same(a, b, f"{where}[{i}]", ignoring)
