@@ -55,7 +55,7 @@ class Past:
         batches = [r.facts for r in self.rounds[:round]]
         if not gone:
             return batches
-        return [batch.filter(where=lambda f, n=n: (n, f.id) not in gone) for n, batch in enumerate(batches, start=1)]
+        return [FactList((f for f in batch if (n, f.id) not in gone), batch.name) for n, batch in enumerate(batches, start=1)]
 
     def check_round(self, round: int, first: int = 0) -> None:
         """Refuse a round that is not there.

@@ -268,8 +268,9 @@ class _Batch:
             subject[row, t.start : t.prompt.position + 1] = True
         last = torch.tensor([t.prompt.position for t in chosen], device=model.device)
         places = tuple((tuple(range(t.prompt.target_start - 1, len(t.prompt.ids) - 1)), t.prompt.target_ids) for t in chosen)
+        calls: dict[int, LayerCall] = {}
         if remote:
-            hidden, calls = run_changed(model, tokens, last, remote=remote).entering.to(model.device), {}
+            hidden = run_changed(model, tokens, last, remote=remote).entering.to(model.device)
         else:
             hidden, calls = record_calls(model, tokens.ids, tokens.mask, range(model.n_layers))
         return cls(model, torch.tensor(rows), hidden, calls, subject, last, places, tokens, remote)

@@ -163,7 +163,7 @@ def run_changed(
     check_remote(model, remote)
     blocks: list[Any] = [model.layer_envoy(layer) for layer in range(model.n_layers)]
     each = torch.arange(len(chosen), device=chosen.device)
-    at, state = (-1, None) if put_back is None else put_back
+    at, state = (-1, torch.empty(0)) if put_back is None else put_back
     with model.running(), model.lm.trace(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False, remote=remote) as tracer:
         entering = blocks[0].input
         before = entering.detach().clone().cpu()
