@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,7 @@ def stream(
             live = EditSession.load(session, wrapped, autosave=True, keep=keep)
         else:
             live = EditSession(wrapped, autosave=session, keep=keep)
-        with EditStream(live, source, rounds_of=rounds_of, wait=wait) as edits:
+        with closing(live.autosave), EditStream(live, source, rounds_of=rounds_of, wait=wait) as edits:
             for sign in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(sign, lambda *_: edits.stop())
             edits.run()
