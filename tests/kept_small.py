@@ -72,6 +72,7 @@ def same_weights(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool
 
 def assert_same(one: Any, other: Any, where: str = "", ignoring: tuple[str, ...] = ("seconds",)) -> None:
     """Compare two records bit for bit, memory order of their tensors included; times may differ."""
+    one, other = (tuple(value) if isinstance(value, Rounds) else value for value in (one, other))
     assert type(one) is type(other) or isinstance(one, int | float | Mapping), where
     if isinstance(one, Tensor):
         assert one.dtype == other.dtype, where
@@ -87,7 +88,7 @@ def assert_same(one: Any, other: Any, where: str = "", ignoring: tuple[str, ...]
         assert list(one) == list(other), where
         for key in one:
             assert_same(one[key], other[key], f"{where}[{key}]", ignoring)
-    elif isinstance(one, tuple | list | Rounds):
+    elif isinstance(one, tuple | list):
         assert len(one) == len(other), where
         for i, (a, b) in enumerate(zip(one, other, strict=True)):
             assert_same(a, b, f"{where}[{i}]", ignoring)
