@@ -17,7 +17,7 @@ import pandas as pd
 
 from _machine import MACHINE
 
-NAMES = ("value_search", "round", "scoring", "moments", "wide", "rate", "memory", "rounds_flat", "cost_model")
+NAMES = ("value_search", "round", "scoring", "moments", "wide", "rate", "memory", "rounds_flat", "stream", "cost_model")
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -42,6 +42,7 @@ _HOME = {
     "NeuronSelection": "editing",
     "NullSpace": "editing",
     "PreservedMoments": "editing",
+    "Replaced": "editing",
     "TargetValues": "editing",
     "ParameterChanges": "editing",
     "ValueCache": "editing",
@@ -103,6 +104,9 @@ _HOME = {
     "SavedSession": "storage",
     "holds_session": "storage",
     "read_session": "storage",
+    "EditQueue": "streams",
+    "EditStream": "streams",
+    "JsonLines": "streams",
     "SharedEdit": "sharing",
     "apply_patch": "sharing",
     "inspect_patch": "sharing",
@@ -119,7 +123,21 @@ _HOME = {
     "save_stream": "figures",
     "session_report": "figures",
 }
-_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "planning", "plots", "sharing", "storage", "tracing", "widgets"}
+_ROOMS = {
+    "editing",
+    "errors",
+    "evaluation",
+    "facts",
+    "figures",
+    "models",
+    "planning",
+    "plots",
+    "sharing",
+    "storage",
+    "streams",
+    "tracing",
+    "widgets",
+}
 
 __all__ = ["__version__", *sorted(_HOME), *sorted(_ROOMS)]  # noqa: PLE0604
 
@@ -132,6 +150,7 @@ if TYPE_CHECKING:
     from nse_tools.planning import *  # noqa: F403
     from nse_tools.sharing import *  # noqa: F403
     from nse_tools.storage import *  # noqa: F403
+    from nse_tools.streams import *  # noqa: F403
     from nse_tools.tracing import *  # noqa: F403
 
 

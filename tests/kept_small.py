@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models_small import CONTEXTS, build, moments_for
 from nse_tools.editing import EditSession, Method
+from nse_tools.editing.round_list import Rounds
 from nse_tools.evaluation import compare
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
@@ -71,6 +72,7 @@ def same_weights(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool
 
 def assert_same(one: Any, other: Any, where: str = "", ignoring: tuple[str, ...] = ("seconds",)) -> None:
     """Compare two records bit for bit, memory order of their tensors included; times may differ."""
+    one, other = (tuple(value) if isinstance(value, Rounds) else value for value in (one, other))
     assert type(one) is type(other) or isinstance(one, int | float | Mapping), where
     if isinstance(one, Tensor):
         assert one.dtype == other.dtype, where

@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from nse_tools.cli import figures, planning, sharing
+from nse_tools.cli import figures, planning, sharing, streaming
 from nse_tools.cli.shell import Facts, Model, Preset, Settings, console, errors_in_one_line, numbers_of, settings_of, stream_of
 from nse_tools.errors import NSEError
 
@@ -26,6 +26,7 @@ app = typer.Typer(help="See and steer what a language model knows.", no_args_is_
 app.add_typer(sharing.commands)
 app.add_typer(figures.commands, name="figures")
 app.add_typer(planning.commands)
+app.command()(streaming.stream)
 
 _SHOWN = {
     "round": "round",

@@ -10,7 +10,7 @@ from nse_tools.editing.neurons import NeuronSelection, neuron_scores, overlaps, 
 from nse_tools.editing.null_space import NullSpace
 from nse_tools.editing.ordering import order_facts
 from nse_tools.editing.preview import EditPreview
-from nse_tools.editing.rounds import EditPass, EditRound, LayerStep
+from nse_tools.editing.rounds import EditPass, EditRound, LayerStep, Replaced
 from nse_tools.editing.session import EditSession
 from nse_tools.editing.solvers import PreservedMoments, solve_update
 from nse_tools.editing.updates import LayerUpdate
@@ -35,6 +35,7 @@ __all__ = [
     "NullSpace",
     "ParameterChanges",
     "PreservedMoments",
+    "Replaced",
     "TargetValues",
     "ValueCache",
     "Verification",

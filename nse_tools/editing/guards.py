@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nse_tools.editing import methods
 from nse_tools.editing.method import Method
+from nse_tools.editing.round_list import Rounds
+from nse_tools.editing.rounds import Replaced
 from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.values import TargetValues
 from nse_tools.errors import EditError, FactError, SettingError
@@ -60,6 +62,42 @@ def check_values(values: TargetValues, facts: FactList, method: Method, width: i
         )
     if (bad := first_bad(values.z)) is not None:
         raise FactError(f"Fact {values.fact_ids[bad]!r}: the given value at layer {values.layer} is not finite.")
+
+
+def check_keep(keep: int | None, on_disk: bool) -> int | None:
+    """Refuse to leave rounds to a folder that is not there, or to keep none in memory; return the number.
+
+    Raises
+    ------
+    SettingError
+        Saying what is expected.
+    """
+    if keep is None:
+        return None
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise SettingError(f"keep={keep!r}: expected how many of the last rounds stay in memory, 1 at least, or None for all.")
+    if not on_disk:
+        raise SettingError(f"keep={keep}: older rounds are left to the folder of autosave, and there is none. Give autosave=… too.")
+    return keep
+
+
+def check_replaced(replaces: Sequence[Replaced], rounds: Rounds) -> None:
+    """Refuse to replace facts that no round has, or that were replaced before.
+
+    Raises
+    ------
+    FactError
+        Naming the fact and the round.
+    """
+    if not replaces:
+        return
+    gone = {old for held in rounds.held for old in held.replaces}
+    for old in replaces:
+        if not 1 <= old.round <= len(rounds) or old.fact not in rounds[old.round - 1].facts.ids:
+            raise FactError(f"Fact {old.fact!r} cannot be replaced: round {old.round} (of {len(rounds)}) has no such fact.")
+        if old in gone:
+            raise FactError(f"Fact {old.fact!r} of round {old.round} was replaced before, or is named twice; name its newest round only.")
+        gone.add(old)
 
 
 def check_moments(moments: SecondMoments, layers: Sequence[int], d_ff: int) -> None:

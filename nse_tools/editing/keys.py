@@ -15,6 +15,7 @@ from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.prompts import locate_fact
+from nse_tools.tracing.remote import read_at_last
 from nse_tools.tracing.states import LastTokenStates
 
 
@@ -108,7 +109,7 @@ class FactStates:
         """
         bare = self.bare.keys(layers)
         prefixed = self.prefixed.keys(layers) if self.prefixed else {}
-        return {layer: self._mean(layer, bare[layer].float().cpu(), prefixed.get(layer)) for layer in layers}
+        return {la: _mean(la, self.fact_ids, self.weights, bare[la].float().cpu(), prefixed.get(la)) for la in layers}
 
     def hidden(self, layer: int) -> Tensor:
         """Return h^l of the bare prompts at the subject's last token, (n_facts, d_model) float32 on CPU."""
@@ -118,18 +119,8 @@ class FactStates:
         """Move on to the states entering a later layer."""
         return replace(self, bare=self.bare.enter(layer), prefixed=self.prefixed.enter(layer) if self.prefixed else None)
 
-    def _mean(self, layer: int, bare: Tensor, prefixed: Tensor | None) -> Keys:
-        mean = bare * self.weights[0]
-        if prefixed is not None:
-            others = prefixed.float().cpu().reshape(len(self.fact_ids), -1, bare.shape[1])
-            mean = mean + (others * torch.tensor(self.weights[1:])[None, :, None]).sum(dim=1)
-        if not bool(torch.isfinite(mean).all()):
-            bad = self.fact_ids[int(torch.nonzero(~torch.isfinite(mean).all(dim=1))[0])]
-            raise EditError(f"Fact {bad!r}: its key at layer {layer} is not finite; the model may be broken already.")
-        return Keys(layer, self.fact_ids, mean)
 
-
-def collect_keys(model: EditableModel, facts: Sequence[Fact], contexts: Contexts, layer: int) -> Keys:
+def collect_keys(model: EditableModel, facts: Sequence[Fact], contexts: Contexts, layer: int, *, remote: bool | str = False) -> Keys:
     """Return the keys of facts at one layer, under the weights of the moment.
 
     k_j = ½ k(prompt) + ½ mean over prefixes of k(prefix ⊕ prompt), where k is the input of the layer's MLP down projection
@@ -145,16 +136,52 @@ def collect_keys(model: EditableModel, facts: Sequence[Fact], contexts: Contexts
         The contexts that are averaged over.
     layer : int
         The layer.
+    remote : bool or str
+        Where they are read, as nnsight understands it: here by default, on NDIF with True, ``"local"`` to try it here.
 
     Returns
     -------
     Keys
         (n_facts, d_ff).
+
+    Raises
+    ------
+    StateError
+        If the model is edited and the keys shall come from a server.
     """
+    if remote:
+        return _keys_from_afar(model, facts, contexts, layer, remote)
     return FactStates.record(model, facts, contexts, layer, layer).keys([layer])[layer]
 
 
-def hidden_states(model: EditableModel, facts: Sequence[Fact], layer: int) -> Tensor:
-    """Return h^l of facts' bare prompts at the subject's last token, (n_facts, d_model), under the weights of the moment."""
+def hidden_states(model: EditableModel, facts: Sequence[Fact], layer: int, *, remote: bool | str = False) -> Tensor:
+    """Return h^l of facts' bare prompts at the subject's last token, (n_facts, d_model), under the weights of the moment.
+
+    With ``remote`` they are read where nnsight is told to (:func:`collect_keys`).
+    """
     rows = [locate_fact(model, f, with_target=False).upto_subject for f in facts]
+    if remote:
+        return read_at_last(model, rows, hidden=[layer], remote=remote)[1][layer].float()
     return LastTokenStates.record(model, rows, layer, layer).hidden(layer).float().cpu()
+
+
+def _keys_from_afar(model: EditableModel, facts: Sequence[Fact], contexts: Contexts, layer: int, remote: bool | str) -> Keys:
+    """Read the keys of :func:`collect_keys` by traces of the whole model."""
+
+    def keys(prefixes: Sequence[str]) -> Tensor:
+        rows = [locate_fact(model, f, p, with_target=False).upto_subject for f in facts for p in prefixes]
+        return read_at_last(model, rows, keys=[layer], remote=remote)[0][layer]
+
+    prefixed = keys(contexts.prefixes[1:]) if len(contexts) > 1 else None
+    return _mean(layer, tuple(f.id for f in facts), contexts.weights, keys([""]).float(), prefixed)
+
+
+def _mean(layer: int, fact_ids: tuple[str, ...], weights: Sequence[float], bare: Tensor, prefixed: Tensor | None) -> Keys:
+    mean = bare * weights[0]
+    if prefixed is not None:
+        others = prefixed.float().cpu().reshape(len(fact_ids), -1, bare.shape[1])
+        mean = mean + (others * torch.tensor(weights[1:])[None, :, None]).sum(dim=1)
+    if not bool(torch.isfinite(mean).all()):
+        bad = fact_ids[int(torch.nonzero(~torch.isfinite(mean).all(dim=1))[0])]
+        raise EditError(f"Fact {bad!r}: its key at layer {layer} is not finite; the model may be broken already.")
+    return Keys(layer, fact_ids, mean)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from nse_tools.editing.round_list import HeldRound, Rounds
 from nse_tools.editing.rounds import EditRound
 from nse_tools.errors import SettingError
 from nse_tools.facts import FactList
@@ -21,15 +22,15 @@ class Past:
     ----------
     original : str
         Hash of the edited layers' weights before all edits.
-    rounds : tuple of EditRound
+    rounds : Rounds
         The rounds, oldest first.
-    undone : tuple of EditRound
+    undone : Rounds
         Rounds that were taken back, the one to come again first at the front.
     """
 
     original: str
-    rounds: tuple[EditRound, ...] = field(default=(), repr=False)
-    undone: tuple[EditRound, ...] = field(default=(), repr=False)
+    rounds: Rounds = field(default_factory=Rounds, repr=False)
+    undone: Rounds = field(default_factory=Rounds, repr=False)
 
     def __len__(self) -> int:
         return len(self.rounds)
@@ -46,7 +47,15 @@ class Past:
 
     def digest_after(self, round: int) -> str:
         """Return the hash that the edited layers' weights have after a round (0: unedited)."""
-        return self.rounds[round - 1].digest if round else self.original
+        return self.rounds.held[round - 1].digest if round else self.original
+
+    def facts_at(self, round: int) -> list[FactList]:
+        """Return the facts of each round up to one, without those that a later of these rounds has corrected."""
+        gone = {(old.round, old.fact) for held in self.rounds.held[:round] for old in held.replaces}
+        batches = [r.facts for r in self.rounds[:round]]
+        if not gone:
+            return batches
+        return [FactList((f for f in batch if (n, f.id) not in gone), batch.name) for n, batch in enumerate(batches, start=1)]
 
     def check_round(self, round: int, first: int = 0) -> None:
         """Refuse a round that is not there.
@@ -60,13 +69,30 @@ class Past:
             unedited = " (unedited)" if first == 0 else ""
             raise SettingError(f"There are rounds {first}{unedited} to {len(self)}; there is no round {round!r}.")
 
-    def with_rounds(self, rounds: Sequence[EditRound]) -> Past:
+    def with_rounds(self, rounds: Iterable[EditRound | HeldRound]) -> Past:
         """Return a past of other rounds; after a change like that nothing can come again."""
-        return Past(self.original, tuple(rounds))
+        return Past(self.original, Rounds(rounds))
+
+    def and_then(self, done: EditRound) -> Past:
+        """Return the past with one more round; nothing can come again."""
+        return Past(self.original, self.rounds + [done])
+
+    def start_for(self, round: int, checkpoint: Checkpoint | None, originals: Mapping[int, Tensor]) -> tuple[int, Mapping[int, Tensor]]:
+        """Return from which round on, and from which weights, the weights after ``round`` are made again: the checkpoint, if it is good."""
+        if checkpoint is not None and checkpoint.round <= round and self.rounds.held[checkpoint.round - 1] is checkpoint.last:
+            return checkpoint.round, checkpoint.weights
+        return 0, originals
+
+    def checkpoint(self, round: int, before: Checkpoint | None, originals: Mapping[int, Tensor]) -> Checkpoint:
+        """Return the checkpoint after a round (1 at least), made from an earlier one where that is good."""
+        start, weights = self.start_for(round, before, originals)
+        for found in replay(weights, self.rounds[start:round]):
+            weights = found
+        return Checkpoint(round, self.rounds.held[round - 1], weights)
 
     def back_to(self, round: int) -> Past:
         """Return the past up to a round; the later ones can come again."""
-        return replace(self, rounds=self.rounds[:round], undone=(*self.rounds[round:], *self.undone))
+        return replace(self, rounds=self.rounds[:round], undone=self.rounds[round:] + self.undone)
 
     def forward_to(self, round: int) -> Past:
         """Return the past with rounds that were taken back, up to a number.
@@ -83,17 +109,36 @@ class Past:
             raise SettingError(
                 f"redo(to={round!r}): rounds {len(self) + 1} to {len(self) + len(self.undone)} were taken back and can come again."
             )
-        return replace(self, rounds=(*self.rounds, *self.undone[:more]), undone=self.undone[more:])
+        return replace(self, rounds=self.rounds + self.undone[:more], undone=self.undone[more:])
 
 
-def replay(originals: Mapping[int, Tensor], rounds: Sequence[EditRound]) -> Iterator[dict[int, Tensor]]:
+@dataclass(frozen=True)
+class Checkpoint:
+    """The edited layers' weights after a round, from which later ones are made again without the rounds before.
+
+    Parameters
+    ----------
+    round : int
+        The round.
+    last : HeldRound
+        That round itself: the checkpoint is good for pasts that have it at its place.
+    weights : mapping of int to Tensor
+        Layer → (d_model, d_ff), on CPU.
+    """
+
+    round: int
+    last: HeldRound
+    weights: Mapping[int, Tensor] = field(repr=False)
+
+
+def replay(originals: Mapping[int, Tensor], rounds: Iterable[EditRound]) -> Iterator[dict[int, Tensor]]:
     """Yield the weights before all rounds and after each: originals plus the recorded updates, in their order.
 
     Parameters
     ----------
     originals : mapping of int to Tensor
         Layer → W₀, (d_model, d_ff), on CPU; not changed.
-    rounds : sequence of EditRound
+    rounds : iterable of EditRound
         The rounds.
 
     Yields

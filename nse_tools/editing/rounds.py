@@ -72,6 +72,22 @@ class EditPass:
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """A fact of an earlier round whose target a later round replaces.
+
+    Parameters
+    ----------
+    round : int
+        The earlier round's number.
+    fact : str
+        The fact's id there.
+    """
+
+    round: int
+    fact: str
+
+
+@dataclass(frozen=True)
 class EditRound:
     """The record of one round of edits; it shows itself in a notebook.
 
@@ -102,6 +118,8 @@ class EditRound:
     approximate : str
         Why the updates may do less, or something else, here than where they were solved for: an earlier round was dropped from
         below them, or they were taken over from a branch. Empty for a round that was made in its place.
+    replaces : tuple of Replaced
+        Facts of earlier rounds that facts of this one correct: their old keys have left the history, and measures ask the newest only.
     """
 
     number: int
@@ -116,6 +134,7 @@ class EditRound:
     after: tuple[LayerUpdate, ...] = field(default=(), repr=False)
     first_values: TargetValues | None = field(default=None, repr=False)
     approximate: str = ""
+    replaces: tuple[Replaced, ...] = field(default=(), repr=False)
 
     @property
     def updates(self) -> list[LayerUpdate]:

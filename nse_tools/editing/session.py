@@ -15,13 +15,13 @@ from nse_tools import _late
 from nse_tools._show import table_html
 from nse_tools.editing import methods
 from nse_tools.editing.finetune import fine_tune
-from nse_tools.editing.guards import check_batch, check_moments, check_preset, check_values
+from nse_tools.editing.guards import check_batch, check_keep, check_moments, check_preset, check_replaced, check_values
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.method import Method
 from nse_tools.editing.past import Past
 from nse_tools.editing.preview import EditPreview, preview_edit
 from nse_tools.editing.rome import write_one_by_one
-from nse_tools.editing.rounds import EditRound
+from nse_tools.editing.rounds import EditRound, Replaced
 from nse_tools.editing.time_travel import TimeTravel
 from nse_tools.editing.turns import Turn
 from nse_tools.editing.updating import Stopwatch, Written, preserved_moments, write_values
@@ -60,13 +60,17 @@ class EditSession(TimeTravel):
         user's cache; False searches for every value.
     autosave : str or Path, optional
         A new folder in which every round is kept: it is on disk before :meth:`edit`, :meth:`undo` or :meth:`rewind` returns.
+    keep : int, optional
+        How many of the last rounds stay in memory; older ones are read from the folder of ``autosave`` when they are asked for, so
+        that a session of any length needs the same memory. All by default.
 
     Raises
     ------
     StorageError
         If the folder for ``autosave`` holds a session already, is in use, or cannot be written.
     SettingError
-        If the method names layers the model does not have, or its preset was made for a model of another shape.
+        If the method names layers the model does not have, or its preset was made for a model of another shape; or if rounds
+        shall be left to a folder and there is none.
     StateError
         If the model already carries edits of another session.
     """
@@ -82,6 +86,7 @@ class EditSession(TimeTravel):
         progress: bool = True,
         value_cache: ValueCache | bool = True,
         autosave: str | Path | None = None,
+        keep: int | None = None,
     ) -> None:
         self.model = model
         self.method = method or methods.nse()
@@ -106,10 +111,11 @@ class EditSession(TimeTravel):
                 "The model already carries edits of another session, or a patch. Take them back first (session.rewind(to=0), "
                 "nse.remove_patch), load the model anew, or go on from that session: session.branch()."
             )
+        self.keep = check_keep(keep, autosave is not None)
         self.autosave = None if autosave is None else _late.call("storage", "start_autosave", self, autosave)
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
-    def edit(self, facts: Fact | Sequence[Fact], values: TargetValues | None = None) -> EditRound:
+    def edit(self, facts: Fact | Sequence[Fact], values: TargetValues | None = None, *, replaces: Sequence[Replaced] = ()) -> EditRound:
         """Write a batch of facts into the model: one round.
 
         If anything goes wrong or is interrupted, the weights are put back bit for bit and no round is added.
@@ -120,6 +126,9 @@ class EditSession(TimeTravel):
             The facts of the round.
         values : TargetValues, optional
             Their target values, where they are known already.
+        replaces : sequence of Replaced
+            Facts of earlier rounds that these correct. Their old keys, which would hold the old targets, leave the history before
+            the update is solved for (:class:`KeyHistory`); :class:`nse_tools.EditStream` finds them by itself.
 
         Returns
         -------
@@ -129,7 +138,7 @@ class EditSession(TimeTravel):
         Raises
         ------
         FactError
-            If there are no facts, or two of them contradict each other.
+            If there are no facts, two of them contradict each other, or one that is to be replaced is not there.
         StateError
             If somebody changed the edited weights since the last round.
         EditError
@@ -142,9 +151,10 @@ class EditSession(TimeTravel):
         self._check_untouched()
         if values is not None:
             check_values(values, batch, self.method, self.model.d_model)
+        check_replaced(replaces, self.rounds)
         watch = Stopwatch()
         with self._all_or_nothing():
-            values, written = self._write(batch, values, watch)
+            values, written = self._write(batch, values, watch, self.history.without(replaces))
             done = EditRound(
                 number=len(self) + 1,
                 facts=batch,
@@ -157,8 +167,9 @@ class EditSession(TimeTravel):
                 digest=digest_of(self.model, self.method.layers),
                 after=written.after,
                 first_values=written.first_values,
+                replaces=tuple(replaces),
             )
-            self._commit(self._past.with_rounds([*self.rounds, done]))
+            self._commit(self._past.and_then(done))
         if done.skipped:
             reasons = dict(Counter(done.skipped.values()))
             _log.warning(
@@ -259,7 +270,7 @@ class EditSession(TimeTravel):
 
     def residuals(self) -> pd.DataFrame:
         """Return the residuals of all rounds (:meth:`EditRound.residuals`)."""
-        return pd.concat([r.residuals() for r in self.rounds], ignore_index=True) if self.rounds else pd.DataFrame()
+        return pd.concat([r.residuals() for r in self.rounds], ignore_index=True) if len(self) else pd.DataFrame()
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a round: facts, passes, facts skipped, residuals, ‖ΔW‖, seconds, values from the cache, approximate."""
@@ -290,7 +301,7 @@ class EditSession(TimeTravel):
     def _repr_html_(self) -> str:
         return table_html(self.to_frame(), head=self)
 
-    def _write(self, facts: FactList, values: TargetValues | None, watch: Stopwatch) -> tuple[TargetValues, Written]:
+    def _write(self, facts: FactList, values: TargetValues | None, watch: Stopwatch, history: KeyHistory) -> tuple[TargetValues, Written]:
         """Change the weights as the method's solver does; return the values and what was done."""
         model, method = self.model, self.method
         shown: dict[str, Any] = {"watch": watch, "progress": self.progress}
@@ -300,7 +311,7 @@ class EditSession(TimeTravel):
             return fine_tune(model, method, facts, self.contexts, **shown)
         if self._bases is None or self._bases[0] is not method:
             self._bases = method, preserved_moments(method, self.moments)
-        inputs = (self.contexts, self.moments, self.history)
+        inputs = (self.contexts, self.moments, history)
         if method.solver == "rank_one":
             return write_one_by_one(model, method, facts, values, *inputs, bases=self._bases[1], cache=self.value_cache, **shown)
         if values is None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from nse_tools.editing.guards import all_or_nothing, check_moments
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.method import Method
-from nse_tools.editing.past import Past
+from nse_tools.editing.past import Checkpoint, Past
+from nse_tools.editing.round_list import Rounds
 from nse_tools.editing.rounds import EditRound
 from nse_tools.editing.solvers import PreservedMoments
 from nse_tools.editing.turns import Turn
@@ -34,6 +35,8 @@ class SessionState:
     name: str
     autosave: Any = None
     """The folder that keeps every round, if one does (:class:`nse_tools.storage.SessionFolder`); ``autosave.close()`` lets it go."""
+    keep: int | None = None
+    """How many of the last rounds stay in memory; the records of older ones are read from the folder of ``autosave``. All by default."""
     find_moments: Callable[[], SecondMoments] | None = None
     """Where the key statistics come from, if not from :func:`second_moments` with the session's seed."""
     value_cache: ValueCache | None
@@ -44,6 +47,7 @@ class SessionState:
     _history: KeyHistory
     _bases: tuple[Method, dict[int, PreservedMoments]] | None
     _turn: Turn
+    _checkpoint: Checkpoint | None = None
 
     # ---- recorded inputs ---------------------------------------------------------------------------------------------
     @property
@@ -72,9 +76,9 @@ class SessionState:
     @property
     def history(self) -> KeyHistory:
         """Keys of all rounds so far."""
-        keys = [r.final_keys for r in self._past.rounds]
-        if not self._history.is_of(keys):
-            self._history = self._history.of(keys)
+        rounds = self._past.rounds.held
+        if not self._history.is_of(rounds):
+            self._history = self._history.of(rounds)
         return self._history
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
@@ -84,7 +88,7 @@ class SessionState:
         return self._past
 
     @property
-    def rounds(self) -> tuple[EditRound, ...]:
+    def rounds(self) -> Rounds:
         """The rounds so far; ``rounds[0]`` is round 1."""
         return self._past.rounds
 
@@ -92,6 +96,10 @@ class SessionState:
     def facts(self) -> list[FactList]:
         """The facts of each round."""
         return self._past.facts
+
+    def facts_at(self, round: int) -> list[FactList]:
+        """Return the facts of each round up to one, as they hold after it: one that a later of these rounds corrects is left out."""
+        return self._past.facts_at(round)
 
     def __len__(self) -> int:
         return len(self._past)
@@ -116,8 +124,34 @@ class SessionState:
         """
         with uninterrupted():
             if self.autosave is not None:
+                self._recall_those_not_in(past)
                 self.autosave.keep(self, past.rounds)
             self._past = past
+            self._let_go()
+
+    def _recall_those_not_in(self, past: Past) -> None:
+        """Take rounds into memory that go from the folder: branches have them still, and they can come again."""
+        staying = set(past.rounds.held)
+        for held in self._past.rounds.held:
+            if held not in staying and not held.in_memory:
+                held.recall()
+
+    def _let_go(self) -> None:
+        """Leave the records of older rounds to the folder; without consequences, should it not come to the end."""
+        folder = self.autosave
+        if self.keep is None or folder is None or not folder.held or len(self) <= self.keep:
+            return
+        upto = len(self) - self.keep
+        older = self._past.rounds.held[:upto]
+        if any(held.in_memory for held in older):
+            self._checkpoint = self._past.checkpoint(upto, self._checkpoint, self._originals())
+        # few old keys enter the solve as they are; once they are summed, or where none are used, they are not asked for again
+        n_summed = self._history.n_summed if self.method.use_history else upto
+        for number, held in enumerate(older, start=1):
+            if held.in_memory:
+                held.let_go(folder.reader(held))
+            if number <= n_summed:
+                held.let_keys_go()
 
     def _forget_results_after(self, round: int) -> None:
         """Drop what other rooms have kept of later rounds; without consequences, should the change not happen after all."""

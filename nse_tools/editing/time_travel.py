@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from itertools import islice
 from typing import Self
 
@@ -16,7 +17,8 @@ from nse_tools.editing.changes import ParameterChanges, parameter_changes
 from nse_tools.editing.guards import all_or_nothing
 from nse_tools.editing.past import replay, same_updates
 from nse_tools.editing.reapplying import reapply
-from nse_tools.editing.rounds import EditRound
+from nse_tools.editing.round_list import HeldRound, Rounds
+from nse_tools.editing.rounds import EditRound, Replaced
 from nse_tools.editing.session_state import SessionState
 from nse_tools.editing.turns import Turn
 from nse_tools.editing.verification import Verification, verify_past
@@ -79,7 +81,7 @@ class TimeTravel(SessionState):
         ahead = self._past.forward_to(len(self) + 1 if to is None else to)
         self._check_untouched()
         now = {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}
-        self._move(ahead, self._made_again(now, ahead.rounds[len(self) :]), kept=len(self))
+        self._move(ahead, self._made_again(now, ahead.rounds[len(self) :], ahead.digest, len(ahead)), kept=len(self))
         return ahead.rounds[-1]
 
     @contextmanager
@@ -116,10 +118,8 @@ class TimeTravel(SessionState):
             If the result is not, bit for bit, what the round left behind.
         """
         self._past.check_round(round)
-        originals = self._originals()
-        if not round:
-            return self._as_recorded({layer: weight.clone() for layer, weight in originals.items()}, 0, self._past.original)
-        return self._made_again(originals, self.rounds[:round])
+        start, weights = self._past.start_for(round, self._checkpoint, self._originals())
+        return self._made_again(weights, self.rounds[start:round], self._past.digest_after(round), round)
 
     def restore(self) -> None:
         """Put the weights of this session's last round back into the model, whatever somebody wrote into them.
@@ -148,7 +148,8 @@ class TimeTravel(SessionState):
         if self.rounds:
             raise StateError(f"The session has {len(self)} rounds of its own; rounds can be taken over into an empty one only.")
         if rounds:
-            self._move(self._past.with_rounds(rounds), self._made_again(self._originals(), rounds), kept=0)
+            past = self._past.with_rounds(rounds.held if isinstance(rounds, Rounds) else rounds)
+            self._move(past, self._made_again(self._originals(), past.rounds, past.digest, len(past)), kept=0)
 
     # ---- branches ----------------------------------------------------------------------------------------------------
     def branch(self, name: str | None = None, model: EditableModel | None = None) -> Self:
@@ -239,9 +240,10 @@ class TimeTravel(SessionState):
         self._forget_results_after(round - 1)
         with self._all_or_nothing():
             write_weights(self.model, weights)
-            done = [*self.rounds[: round - 1]]
+            done: list[HeldRound | EditRound] = [*self.rounds.held[: round - 1]]
             for record in later:
-                done.append(reapply(self.model, record, len(done) + 1, self.method.layers, self.contexts, why))
+                moved = replace(record, replaces=_without_round(record.replaces, round))
+                done.append(reapply(self.model, moved, len(done) + 1, self.method.layers, self.contexts, why))
             self._commit(self._past.with_rounds(done))
         return dropped
 
@@ -276,8 +278,9 @@ class TimeTravel(SessionState):
         same_state = other.past.digest_after(round - 1) == self._past.digest
         why = "" if same_state else f"taken over from round {round} of {other.name!r}, for whose weights it was solved"
         with self._all_or_nothing():
-            done = reapply(self.model, picked, len(self) + 1, self.method.layers, self.contexts, why)
-            self._commit(self._past.with_rounds([*self.rounds, done]))
+            alone = replace(picked, replaces=())  # what it replaced there is no round of this session
+            done = reapply(self.model, alone, len(self) + 1, self.method.layers, self.contexts, why)
+            self._commit(self._past.and_then(done))
         return done
 
     # ---- whether the record holds ------------------------------------------------------------------------------------
@@ -316,12 +319,9 @@ class TimeTravel(SessionState):
         """Refuse to go on unless the model is in this session's last state (:meth:`Turn.check`)."""
         self._turn.check(self)
 
-    def _made_again(self, start: dict[int, Tensor], rounds: Sequence[EditRound]) -> dict[int, Tensor]:
-        """Return the weights after some rounds, on those before them, compared with the last round's digest."""
+    def _made_again(self, start: Mapping[int, Tensor], rounds: Rounds, digest: str, round: int) -> dict[int, Tensor]:
+        """Return the weights after some rounds, on those before them, compared with the digest after ``round``, the last of them."""
         weights = next(islice(replay(start, rounds), len(rounds), None))
-        return self._as_recorded(weights, rounds[-1].number, rounds[-1].digest)
-
-    def _as_recorded(self, weights: dict[int, Tensor], round: int, digest: str) -> dict[int, Tensor]:
         if digest_of_weights(weights.values()) != digest:
             raise StateError(
                 f"The weights of round {round} could not be made again bit for bit; was the thread count changed, or the record? "
@@ -347,6 +347,11 @@ class TimeTravel(SessionState):
         layers = sorted({u.layer for u in picked.updates} & set(self.method.layers))
         if any(not torch.equal(self.model.originals[layer], other.model.originals[layer]) for layer in layers):
             raise StateError(f"Round {picked.number} of {other.name!r} was made on other original weights ({other.model.name}).")
+
+
+def _without_round(replaces: Sequence[Replaced], dropped: int) -> tuple[Replaced, ...]:
+    """Return what a round replaces once an earlier round is gone, and those behind it have moved up."""
+    return tuple(Replaced(old.round - (old.round > dropped), old.fact) for old in replaces if old.round != dropped)
 
 
 def _some(record: EditRound) -> str:

@@ -164,7 +164,7 @@ def consistency(generated: GeneratedTexts, facts: Sequence[Fact], references: Re
 
 def session_consistency(session: EditSession, references: ReferenceTexts, round: int | None = None, **options: Any) -> Consistency:
     """Return the consistency as of a round (the last by default; 0: unedited); ``options`` as in :func:`session_fluency`."""
-    facts = options.get("facts") or [f for batch in session.facts for f in batch]
+    facts = options.get("facts") or [f for batch in session.facts_at(len(session)) for f in batch]
     return consistency(session_texts(session, round, **options), facts, references)
 
 

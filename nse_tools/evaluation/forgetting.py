@@ -53,12 +53,16 @@ class ForgettingMatrix:
         return pd.Series(np.diag(self.values), index=pd.RangeIndex(1, self.n_rounds + 1, name="after_round"))
 
     def forgotten(self) -> pd.DataFrame:
-        """Return the facts that held right after their own round and do not hold after the last, with the round they were lost in."""
+        """Return the facts that held right after their own round and do not hold after the last, with the round they were lost in.
+
+        Facts that were corrected meanwhile are not among them.
+        """
         table = self.per_fact.pivot_table(index=["fact", "edited_in_round"], columns="after_round", values="value")
         rows = []
         for (fact, own), seen in zip(table.index.tolist(), table.to_numpy(), strict=True):
-            held = pd.Series(seen, index=table.columns).loc[own:] >= 50
-            if held.iloc[0] and not held.iloc[-1]:
+            asked = pd.Series(seen, index=table.columns).loc[own:]
+            held = asked >= 50
+            if held.iloc[0] and not held.iloc[-1] and asked.notna().iloc[-1]:
                 lost = held[held].index[-1] + 1
                 rows.append({"fact": fact, "edited_in_round": own, "lost_in_round": lost})
         return pd.DataFrame(rows, columns=["fact", "edited_in_round", "lost_in_round"])
@@ -95,7 +99,7 @@ def round_scores(session: EditSession, round: int, facts: FactList | None = None
     round : int
         After which round.
     facts : FactList, optional
-        Which facts; all edited up to that round by default (for round 0: all of the session).
+        Which facts; all edited up to that round by default (for round 0: all of the session), corrected ones in their newest round only.
     kinds : tuple of str
         Kinds of prompts.
 
@@ -105,7 +109,7 @@ def round_scores(session: EditSession, round: int, facts: FactList | None = None
         With ``agreement`` with the unedited model.
     """
     if facts is None:
-        facts = sum(session.facts[1 : round or None], start=session.facts[0])
+        facts = _joined(session.facts_at(round or len(session)))
     missing = [f for f in facts if (round, f, kinds) not in session.memo]
     if missing:
         before = round_scores(session, 0, type(facts)(missing), kinds) if round else None
@@ -118,6 +122,10 @@ def round_scores(session: EditSession, round: int, facts: FactList | None = None
                 for fact_id, rows in found.prompts.groupby("fact", sort=False):
                     session.memo[(round, next(f for f in batch if f.id == fact_id), kinds)] = rows
     return FactScores(pd.concat([session.memo[(round, f, kinds)] for f in facts], ignore_index=True))
+
+
+def _joined(batches: Sequence[FactList]) -> FactList:
+    return sum(batches[1:], start=batches[0])
 
 
 def prompt_states(session: EditSession) -> PromptStates:
@@ -165,7 +173,8 @@ def session_scores(session: EditSession, round: int | None = None, *, with_perpl
 def forgetting_matrix(session: EditSession, measure: str = "efficacy") -> ForgettingMatrix:
     """Measure every round's facts after every later round.
 
-    M[t, s] = mean over the facts of round s of the measure after round t, in percent, s ≤ t.
+    M[t, s] = mean over the facts of round s of the measure after round t, in percent, s ≤ t. A fact that a round up to t has
+    corrected is measured in its newest round only.
 
     Parameters
     ----------
@@ -178,10 +187,10 @@ def forgetting_matrix(session: EditSession, measure: str = "efficacy") -> Forget
     rewrite_only = measure.startswith(MEASURES[REWRITE])
     parts = []
     for t in range(1, n + 1):
-        full_known = all((t, f, tuple(MEASURES)) in session.memo for batch in session.facts[:t] for f in batch)
+        full_known = all((t, f, tuple(MEASURES)) in session.memo for batch in session.facts_at(t) for f in batch)
         kinds = (REWRITE,) if rewrite_only and not full_known else tuple(MEASURES)
         own = round_scores(session, t, kinds=kinds).per_fact().set_index("fact")[measure] * 100
-        for s, batch in enumerate(session.facts[:t], start=1):
+        for s, batch in enumerate(session.facts_at(t), start=1):
             parts.append(pd.DataFrame({"after_round": t, "edited_in_round": s, "fact": batch.ids, "value": own.loc[batch.ids].to_numpy()}))
     columns = ["after_round", "edited_in_round", "fact", "value"]
     return matrix_of(pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns), measure)

@@ -124,7 +124,7 @@ def session_texts(
         As in :func:`generate_texts`.
     """
     round = len(session) if round is None else round
-    chosen = tuple(f for batch in session.facts[: round or None] for f in batch) if facts is None else tuple(facts)
+    chosen = tuple(f for batch in session.facts_at(round or len(session)) for f in batch) if facts is None else tuple(facts)
     key = (round, "texts", chosen, seed, max_tokens)
     if key not in session.memo:
         with session.at(round) as model:

@@ -123,8 +123,12 @@ def fates(matrix: ForgettingMatrix, texts: Mapping[tuple[str, int], str]) -> pd.
     """
     lost = matrix.forgotten().set_index(["fact", "edited_in_round"]).lost_in_round
     first = matrix.per_fact[matrix.per_fact.after_round == matrix.per_fact.edited_in_round]
+    at_the_end = matrix.per_fact[matrix.per_fact.after_round == matrix.n_rounds]
+    standing = set(zip(at_the_end.fact, at_the_end.edited_in_round, strict=True))  # others were corrected: they have no fate
     rows = []
     for fact, own, value in zip(first.fact, first.edited_in_round.astype(int), first.value, strict=True):
+        if (fact, own) not in standing:
+            continue
         fate = LOST if (fact, own) in lost.index else KEPT if value >= 50 else NEVER
         rows.append((fact, texts[fact, own], own, fate, lost.get((fact, own), pd.NA)))
     table = pd.DataFrame(rows, columns=["fact", "text", "edited_in_round", "fate", "lost_in_round"])

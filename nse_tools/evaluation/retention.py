@@ -84,9 +84,11 @@ def retention(matrix: ForgettingMatrix) -> Retention:
     if not end:
         raise SettingError("retention: there is no round yet.")
     table = matrix.per_fact.set_index(["after_round", "edited_in_round", "fact"]).value
+    per_round = {s: values.droplevel([0, 1]) for s, values in table.loc[[end]].groupby("edited_in_round")}
     rows = []
     for s in range(1, end + 1):
-        fresh, final = table.loc[s, s], table.loc[end, s].reindex(table.loc[s, s].index)
+        final = per_round.get(s, pd.Series(dtype=float))  # without what was corrected meanwhile
+        fresh = table.loc[s, s].reindex(final.index)
         held = fresh >= 50
         kept = float((final[held] >= 50).mean() * 100) if held.any() else np.nan
         rows.append({"round": s, "facts": len(fresh), "fresh": fresh.mean(), "final": final.mean(), "retained": kept})

@@ -102,7 +102,7 @@ def find_conflicts(facts: Sequence[Fact], name: str = "facts") -> Conflicts:
     linked = list(range(len(facts)))
     seen: dict[Hashable, int] = {}
     for place, fact in enumerate(facts):
-        for key in _asked(fact):
+        for key in questions_of(fact):
             linked[_root(linked, place)] = _root(linked, seen.setdefault(key, place))
     groups: dict[int, list[Fact]] = defaultdict(list)
     for place, fact in enumerate(facts):
@@ -110,8 +110,9 @@ def find_conflicts(facts: Sequence[Fact], name: str = "facts") -> Conflicts:
     return Conflicts(name, tuple(tuple(g) for g in groups.values() if len({f.target_new for f in g}) > 1))
 
 
-def _asked(fact: Fact) -> Iterator[Hashable]:
-    yield fact.text
+def questions_of(fact: Fact) -> Iterator[tuple[str, ...]]:
+    """Yield what a fact asks: its prompt with the subject filled in, and its subject (whatever its case) with its relation."""
+    yield (fact.text,)
     if fact.relation:
         yield fact.subject.casefold(), fact.relation
 

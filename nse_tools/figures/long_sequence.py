@@ -176,7 +176,7 @@ class LongSequence:
 
 def _answers(session: EditSession, round: int) -> pd.DataFrame:
     prompts = round_scores(session, round, kinds=(REWRITE,)).prompts.set_index("fact")
-    rows = [(round, done.number, fact.id) for done in session.rounds[:round] for fact in done.facts]
+    rows = [(round, number, fact.id) for number, batch in enumerate(session.facts_at(round), start=1) for fact in batch]
     table = pd.DataFrame(rows, columns=["after_round", "edited_in_round", "fact"])
     found = prompts.loc[table.fact].reset_index(drop=True)
     return table.assign(

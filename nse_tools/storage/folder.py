@@ -16,16 +16,15 @@ import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pandas as pd
 from filelock import FileLock, Timeout
 
 from nse_tools._origin import machine, versions
-from nse_tools._show import table_html
 from nse_tools.editing import EditRound, EditSession
+from nse_tools.editing.round_list import HeldRound, Rounds
 from nse_tools.errors import SettingError, StorageError
 from nse_tools.models.storage import digest_of_bytes, make_folder, remove_folder, remove_scratch, write_durably, write_folder_durably
 from nse_tools.storage.codec import tensors_to_bytes
@@ -41,44 +40,11 @@ from nse_tools.storage.manifest import (
     write_manifest,
 )
 from nse_tools.storage.rounds import ABOUT, MALFORMED, files_of, names_in, round_from
+from nse_tools.storage.saved import SavedSession
 from nse_tools.tracing.moments import SecondMoments
 
 _log = logging.getLogger(__name__)
 _ROUNDS, _LOCK = "rounds", ".lock"
-
-
-@dataclass(frozen=True)
-class SavedSession:
-    """A session as it is on disk; looking at it needs no model.
-
-    Parameters
-    ----------
-    about : Manifest
-        What it is.
-    rounds : tuple of EditRound
-        Its rounds, oldest first.
-    lost : str, optional
-        What had to be left out at the end, and why.
-    """
-
-    about: Manifest = field(repr=False)
-    rounds: tuple[EditRound, ...]
-    lost: str | None = None
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row a pass and layer, as the rounds' own tables have."""
-        return pd.concat([r.to_frame() for r in self.rounds], ignore_index=True) if self.rounds else pd.DataFrame()
-
-    def __repr__(self) -> str:
-        facts = sum(len(r.facts) for r in self.rounds)
-        left_out = f"; lost: {self.lost}" if self.lost else ""
-        return (
-            f"SavedSession({self.about.model.name}: {len(self.rounds)} rounds, {facts} facts, {self.about.method!r}, "
-            f"written {self.about.written}{left_out})"
-        )
-
-    def _repr_html_(self) -> str:
-        return table_html(self.to_frame(), head=self)
 
 
 class SessionFolder:
@@ -93,7 +59,9 @@ class SessionFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: FileLock | None = None
-        self._kept: list[tuple[EditRound, RoundEntry]] = []
+        self._kept: dict[HeldRound, RoundEntry] = {}
+        self._swept = False
+        self._head: bytes | None = None
         self._manifest: Manifest | None = None
         self._moments: tuple[SecondMoments, MomentsIdentity] | None = None
 
@@ -140,7 +108,7 @@ class SessionFolder:
         return f"SessionFolder({str(self.path)!r}{', held' if self.held else ''})"
 
     # ---- reading -----------------------------------------------------------------------------------------------------
-    def read(self, upto: int | None = None) -> SavedSession:
+    def read(self, upto: int | None = None, keep: int | None = None) -> SavedSession:
         """Read the session, or its first rounds only.
 
         What a crash has left half-written at the end is left out, with a warning.
@@ -149,6 +117,8 @@ class SessionFolder:
         ----------
         upto : int, optional
             How many rounds to read; all by default.
+        keep : int, optional
+            How many of the last of them stay in memory; the others are checked, and read again when they are asked for. All by default.
 
         Raises
         ------
@@ -160,9 +130,10 @@ class SessionFolder:
         if upto is not None and (not isinstance(upto, int) or not 0 <= upto <= n):
             raise SettingError(f"upto={upto!r}: {self.path} has rounds 0 (unedited) to {n}.")
         entries = manifest.rounds[:upto]
-        read = [self._try_round(entry) for entry in entries]
+        in_memory_from = 0 if keep is None else len(entries) - keep
+        read = [self._try_held(entry, number >= in_memory_from) for number, entry in enumerate(entries)]
         damaged = [number for number, found in enumerate(read, start=1) if isinstance(found, str)]
-        rounds = tuple(found for found in read[: damaged[0] - 1 if damaged else None] if isinstance(found, EditRound))
+        rounds = Rounds(found for found in read[: damaged[0] - 1 if damaged else None] if isinstance(found, HeldRound))
         if damaged:
             why = f"round {damaged[0]} of {n} is damaged ({read[damaged[0] - 1]})"
             if len(damaged) < len(entries) - len(rounds):
@@ -171,11 +142,14 @@ class SessionFolder:
                     f"was before it: EditSession.load(…, upto={damaged[0] - 1})."
                 )
             lost = "; ".join(filter(None, [lost, f"{why}, the last that is whole is round {len(rounds)}"]))
+        for number, held in enumerate(rounds.held, start=1):
+            if bad := [old for old in held.replaces if not 1 <= old.round < number]:
+                raise StorageError(f"{self.path}: round {number} says that it replaces {bad[0]}, which is no earlier round.")
         if lost:
             _log.warning("%s was not left in order: %s", self.path, lost)
         # tables may tell of rounds that are left out
         self._manifest = manifest if len(rounds) == n else replace(manifest, tables={})
-        self._kept = list(zip(rounds, entries, strict=False))
+        self._kept = dict(zip(rounds.held, entries, strict=False))
         return SavedSession(manifest, rounds, lost)
 
     def _read_head(self) -> tuple[Manifest, str | None]:
@@ -203,6 +177,33 @@ class SessionFolder:
             return f"{place.name}: {wrong}"
         return done if done.digest == entry.weights else f"{place.name}: it is another round"
 
+    def _try_held(self, entry: RoundEntry, in_memory: bool) -> HeldRound | str:
+        """Return a round, its record in memory or left on disk, or what is wrong with it."""
+        found = self._try_round(entry)
+        if isinstance(found, str):
+            return found
+        held = HeldRound(found)
+        if not in_memory:
+            held.let_go(self._reader(entry))
+            held.let_keys_go()
+        return held
+
+    def reader(self, held: HeldRound) -> Callable[[], EditRound]:
+        """Return what reads a round that is kept here.
+
+        The function that is returned raises :class:`StorageError` where the round is damaged or not there any more.
+        """
+        return self._reader(self._kept[held])
+
+    def _reader(self, entry: RoundEntry) -> Callable[[], EditRound]:
+        def read() -> EditRound:
+            found = self._try_round(entry)
+            if isinstance(found, str):
+                raise StorageError(f"{self.path}: a round that was left there cannot be read again: {found}. Put it back from a copy.")
+            return found
+
+        return read
+
     @staticmethod
     def _read_file(file: Path, digest: str) -> bytes:
         data = file.read_bytes()
@@ -222,7 +223,7 @@ class SessionFolder:
             return None
 
     # ---- writing -----------------------------------------------------------------------------------------------------
-    def keep(self, session: EditSession, rounds: Sequence[EditRound]) -> None:
+    def keep(self, session: EditSession, rounds: Rounds) -> None:
         """Make the folder hold these rounds of a session, all of them or, if anything goes wrong, those it held before.
 
         When this returns, they are on disk. A folder that was closed is left as it is.
@@ -234,7 +235,7 @@ class SessionFolder:
         """
         if not self.held:
             return
-        same = len(rounds) >= len(self._kept) and all(new is old for new, (old, _) in zip(rounds, self._kept, strict=False))
+        same = len(rounds) >= len(self._kept) and all(new is old for new, old in zip(rounds.held, self._kept, strict=False))
         tables = self._manifest.tables if self._manifest and same else {}
         self._guarded(lambda: self._write(session, rounds, tables), f"{session.model.name} has the weights of round {len(session)}")
 
@@ -258,7 +259,9 @@ class SessionFolder:
 
     def _guarded(self, write: Callable[[], None], state: str) -> None:
         """Write; if that fails or is interrupted, the head says again what it said."""
-        self._sweep()  # only now: until the session has let go of what was taken back, an interrupt may bring it back
+        if not self._swept:  # only now: until the session has let go of what was taken back, an interrupt may bring it back
+            self._sweep()
+        self._swept = False
         head = self.path / MANIFEST
         before = head.read_bytes() if head.exists() else None
         try:
@@ -274,12 +277,18 @@ class SessionFolder:
                 "or give the right to write there, and try again; or go on without it: session.autosave.close()."
             ) from wrong
 
-    def _write(self, session: EditSession, rounds: Sequence[EditRound], tables: Mapping[str, str]) -> None:
-        kept = {id(done): entry for done, entry in self._kept}
-        entries = [kept.get(id(done)) or self._write_round(number, done) for number, done in enumerate(rounds, start=1)]
+    def _write(self, session: EditSession, rounds: Rounds, tables: Mapping[str, str]) -> None:
+        before = self._manifest
+        entries = [self._kept.get(held) or self._write_round(number, held.record) for number, held in enumerate(rounds.held, start=1)]
         manifest = self._manifest_of(session, entries, tables)
-        write_manifest(self.path, manifest)
-        self._manifest, self._kept = manifest, list(zip(rounds, entries, strict=True))
+        self._head = write_manifest(self.path, manifest, self._head)
+        self._manifest, self._kept = manifest, dict(zip(rounds.held, entries, strict=True))
+        # nothing was taken back and nothing replaced: there is nothing to sweep before the next writing
+        self._swept = before is not None and (before.tables, before.moments, before.rounds) == (
+            manifest.tables,
+            manifest.moments,
+            manifest.rounds[: len(before.rounds)],
+        )
 
     def _write_round(self, number: int, done: EditRound) -> RoundEntry:
         """Write a round, unless it is there already, and return where it is."""

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from nse_tools.storage.identity import ModelIdentity, MomentsIdentity
 from nse_tools.storage.rounds import MALFORMED, from_json, to_json
 from nse_tools.tracing.contexts import Contexts
 
-FORMAT = 1
-"""Version of the layout on disk; a higher one is refused."""
+FORMAT = 2
+"""Version of the layout on disk; a higher one is refused. Since 2, a round says what it replaces."""
 MANIFEST, PREVIOUS = "session.json", "session.previous.json"
 _FOLDER = re.compile(r"\d{4,9}-[0-9a-f]{16}")
 OWN_FILE = re.compile(r"(scores\.csv|rounds\.csv|moments-[0-9a-f]{16}\.safetensors)")
@@ -100,20 +100,37 @@ class Manifest:
             raise ValueError("it names a round twice")
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest, known: bytes | None = None) -> bytes:
     """Write a session's head in one step; the one before stays beside it, for the case that this one is damaged later.
+
+    Parameters
+    ----------
+    folder : Path
+        The session's folder.
+    manifest : Manifest
+        The head.
+    known : bytes, optional
+        A head that was written before: where the file still holds it, it need not be checked again.
+
+    Returns
+    -------
+    bytes
+        What was written.
 
     Raises
     ------
     OSError
         If the folder is full or cannot be written.
     """
-    body = encode(manifest, Parts())
+    body = encode(replace(manifest, rounds=()), Parts())
+    body["rounds"] = [vars(entry) for entry in manifest.rounds]  # as encode would, many times faster: there may be thousands
     sealed = to_json({"format": FORMAT, "checksum": _checksum(body), "session": body})
-    with suppress(StorageError):  # a damaged head must not take the place of a good one
-        read_manifest(folder / MANIFEST)
+    with suppress(StorageError, FileNotFoundError):  # a damaged head must not take the place of a good one
+        if known is None or (folder / MANIFEST).read_bytes() != known:
+            read_manifest(folder / MANIFEST)
         write_durably(folder / PREVIOUS, (folder / MANIFEST).read_bytes())
     write_durably(folder / MANIFEST, sealed)
+    return sealed
 
 
 def read_manifest(file: Path) -> Manifest:

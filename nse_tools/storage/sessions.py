@@ -7,14 +7,16 @@ from pathlib import Path
 
 from nse_tools._origin import machine, versions
 from nse_tools.editing import EditSession, ValueCache
+from nse_tools.editing.guards import check_keep
 from nse_tools.errors import StateError, StorageError
 from nse_tools.models import EditableModel
 from nse_tools.storage import tables
 from nse_tools.storage.codec import tensors_from_bytes
-from nse_tools.storage.folder import SavedSession, SessionFolder
+from nse_tools.storage.folder import SessionFolder
 from nse_tools.storage.identity import ModelIdentity, MomentsIdentity, doubts, wrong_weights
 from nse_tools.storage.manifest import Manifest
 from nse_tools.storage.rounds import MALFORMED
+from nse_tools.storage.saved import SavedSession
 from nse_tools.tracing.moments import SecondMoments, second_moments
 
 _log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ def _check_continues(folder: SessionFolder, session: EditSession) -> None:
     """Refuse to write over rounds that the session does not have."""
     there = folder.read(upto=0).about
     before = [there.unedited, *(entry.weights for entry in there.rounds)]
-    now = [session.past.original, *(done.digest for done in session)]
+    now = [session.past.original, *(held.digest for held in session.past.rounds.held)]
     other_model = wrong_weights(there.model, ModelIdentity.of(session.model, session.method.layers))
     if there.method != session.method or now[: len(before)] != before or other_model:
         raise StorageError(
@@ -114,6 +116,7 @@ def load_session(
     moments: SecondMoments | None = None,
     progress: bool = True,
     value_cache: ValueCache | bool = True,
+    keep: int | None = None,
 ) -> EditSession:
     """Load a session: the model gets, bit for bit, the weights that its last round left, and the session goes on from there.
 
@@ -135,7 +138,7 @@ def load_session(
     moments : SecondMoments, optional
         Key statistics C, where they were not sampled with the session's seed. By default they are taken from the folder or the
         user's cache, or computed again, when the next edit needs them.
-    progress, value_cache
+    progress, value_cache, keep
         As for :class:`nse_tools.EditSession`.
 
     Returns
@@ -152,7 +155,7 @@ def load_session(
     """
     folder = SessionFolder.hold(path) if autosave else SessionFolder(path)
     try:
-        saved = folder.read(upto)
+        saved = folder.read(upto, check_keep(keep, autosave))
         about = saved.about
         _check_model(folder, about, model, force)
         _note_versions(about)
@@ -162,6 +165,7 @@ def load_session(
         if about.moments is not None:
             _expect_moments(session, folder, about.moments, moments, force)
         scores = tables.scores_in(folder, saved.rounds)
+        session.keep = keep
         _take_over(session, folder, saved)  # from here on the model carries the edits
         session.memo |= scores
         session.autosave = folder if autosave else None

@@ -42,13 +42,15 @@ def _scored(key: tuple[int, Fact, Sequence[str]], rows: pd.DataFrame) -> pd.Data
 def scores_in(folder: SessionFolder, rounds: Sequence[EditRound]) -> dict[Any, Any]:
     """Return the entries for :attr:`EditSession.memo` that a folder's ``scores.csv`` gives; none where it is missing or damaged."""
     data = folder.read_table(SCORES)
+    if data is None:
+        return {}
     by_id: dict[str, set[Fact]] = {}
     for done in rounds:
         for fact in done.facts:
             by_id.setdefault(fact.id, set()).add(fact)
     known = {fact_id: facts.pop() for fact_id, facts in by_id.items() if len(facts) == 1}  # otherwise it is not said whose they are
     try:
-        return _entries(table_from_bytes(data, _TEXTS), known, len(rounds)) if data is not None else {}
+        return _entries(table_from_bytes(data, _TEXTS), known, len(rounds))
     except MALFORMED as wrong:
         _log.warning("%s is not used: %s", folder.path / SCORES, wrong)
         return {}

@@ -17,6 +17,7 @@ from nse_tools.facts.fact import SLOT, Fact
 from nse_tools.models import EditableModel
 from nse_tools.tracing.batches import MAX_TOKENS, TokenBatch, batches, pad
 from nse_tools.tracing.prompts import LEAD, LocatedPrompt, locate
+from nse_tools.tracing.remote import run_changed
 from nse_tools.tracing.replay import LayerCall, record_calls, run_layer
 
 
@@ -115,6 +116,7 @@ def causal_trace(
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
+    remote: bool | str = False,
 ) -> CausalTrace:
     """Trace where a model looks facts up, under the weights of the moment.
 
@@ -138,6 +140,9 @@ def causal_trace(
         Padded tokens in one batch.
     progress : bool
         Show a progress bar.
+    remote : bool or str
+        Where the model runs, as nnsight understands it: here by default, on NDIF with True, ``"local"`` to try it here. Each batch
+        then takes a run for each layer and draw; the unembedding is this model's own, here.
 
     Returns
     -------
@@ -150,13 +155,15 @@ def causal_trace(
         If there are no facts, one has no true target, or its target tokenizes to nothing.
     SettingError
         If ``noise`` or ``draws`` is not above 0.
+    StateError
+        If the model is edited and shall run on a server.
     """
     if noise <= 0 or draws < 1:
         raise SettingError(f"noise={noise!r}, draws={draws!r}: expected a size above 0 and at least 1 draw.")
     traced = [_located(model, fact) for fact in facts]
     if not traced:
         raise FactError("causal_trace: there are no facts.")
-    recorded = [_Batch.record(model, traced, rows) for rows in batches([len(t.prompt.ids) for t in traced], max_tokens)]
+    recorded = [_Batch.record(model, traced, rows, remote) for rows in batches([len(t.prompt.ids) for t in traced], max_tokens)]
     size = noise * float(torch.cat([b.hidden[b.subject].float().cpu() for b in recorded]).std())
     generator = torch.Generator().manual_seed(seed)
     # drawn fact by fact, so that the batches do not matter
@@ -248,22 +255,31 @@ class _Batch:
     subject: Tensor
     last: Tensor
     places: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    tokens: TokenBatch
+    remote: bool | str
 
     @classmethod
-    def record(cls, model: EditableModel, traced: Sequence[_Traced], rows: list[int]) -> _Batch:
+    def record(cls, model: EditableModel, traced: Sequence[_Traced], rows: list[int], remote: bool | str) -> _Batch:
         chosen = [traced[r] for r in rows]
         # the last target token is predicted but never read
         tokens: TokenBatch = pad([t.prompt.ids[:-1] for t in chosen], model.pad_id, model.device)
-        hidden, calls = record_calls(model, tokens.ids, tokens.mask, range(model.n_layers))
         subject = torch.zeros_like(tokens.mask, dtype=torch.bool)
         for row, t in enumerate(chosen):
             subject[row, t.start : t.prompt.position + 1] = True
-        last = torch.tensor([t.prompt.position for t in chosen], device=hidden.device)
+        last = torch.tensor([t.prompt.position for t in chosen], device=model.device)
         places = tuple((tuple(range(t.prompt.target_start - 1, len(t.prompt.ids) - 1)), t.prompt.target_ids) for t in chosen)
-        return cls(model, torch.tensor(rows), hidden, calls, subject, last, places)
+        calls: dict[int, LayerCall] = {}
+        if remote:
+            hidden = run_changed(model, tokens, last, remote=remote).entering.to(model.device)
+        else:
+            hidden, calls = record_calls(model, tokens.ids, tokens.mask, range(model.n_layers))
+        return cls(model, torch.tensor(rows), hidden, calls, subject, last, places, tokens, remote)
 
     def clean(self) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
         """Return h^l at the subject's last token of every layer, and p(true target) with whether it is the argmax."""
+        if self.remote:
+            passage = run_changed(self.model, self.tokens, self.last, remote=self.remote)
+            return list(passage.states), self._read(passage.final)
         states, hidden = [], self.hidden
         for layer, call in self.calls.items():
             hidden = run_layer(self.model, layer, call, hidden)
@@ -272,6 +288,8 @@ class _Batch:
 
     def corrupt(self, shocks: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return p(true target) of the corrupted prompts, (rows,), and with one state restored, (rows, n_layers)."""
+        if self.remote:
+            return self._corrupt_from_afar(shocks, states)
         hidden, restored = self.hidden.clone(), []
         hidden[self.subject] += torch.cat(list(shocks)).to(hidden)
         for layer, call in self.calls.items():
@@ -280,6 +298,17 @@ class _Batch:
             mended[self._each, self.last] = states[layer]
             restored.append(self._read(self._end(mended, layer + 1))[0])
         return self._read(hidden)[0], torch.stack(restored, dim=1)
+
+    def _corrupt_from_afar(self, shocks: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Do what :meth:`corrupt` does by whole runs: one without, and one for each layer with its state restored."""
+        added = torch.zeros_like(self.hidden)
+        added[self.subject] = torch.cat(list(shocks)).to(added)
+
+        def says(put_back: tuple[int, Tensor] | None) -> Tensor:
+            passage = run_changed(self.model, self.tokens, self.last, added=added, put_back=put_back, remote=self.remote)
+            return self._read(passage.final)[0]
+
+        return says(None), torch.stack([says((layer, state)) for layer, state in enumerate(states)], dim=1)
 
     @property
     def _each(self) -> Tensor:
@@ -293,7 +322,7 @@ class _Batch:
     def _read(self, final: Tensor) -> tuple[Tensor, Tensor]:
         """Return p(true target), (rows,), and whether every token of it is the argmax."""
         at = [(row, place) for row, (places, _) in enumerate(self.places) for place in places]
-        logp = self.model.unembed(torch.stack([final[row, place] for row, place in at])).float().log_softmax(-1)
+        logp = self.model.unembed(torch.stack([final[row, place] for row, place in at]).to(self.model.device)).float().log_softmax(-1)
         wanted = torch.tensor([t for _, targets in self.places for t in targets], device=logp.device)
         sizes = [len(targets) for _, targets in self.places]
         picked = logp.gather(1, wanted[:, None])[:, 0].split(sizes)

@@ -16,6 +16,7 @@ from nse_tools.errors import SettingError
 from nse_tools.models import EditableModel
 from nse_tools.models.editable import hidden_of
 from nse_tools.tracing.prompts import continued
+from nse_tools.tracing.remote import read_layers
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class LogitLens:
 
 
 @torch.no_grad()
-def logit_lens(model: EditableModel, prompt: str, *, k: int = 5, target: str | None = None) -> LogitLens:
+def logit_lens(model: EditableModel, prompt: str, *, k: int = 5, target: str | None = None, remote: bool | str = False) -> LogitLens:
     """Read next-token predictions off the states leaving every layer, under the weights of the moment.
 
     p^l(· | position i) = softmax(unembed(h^l_i)), with the model's own final norm and unembedding; after the last layer this is
@@ -94,6 +95,9 @@ def logit_lens(model: EditableModel, prompt: str, *, k: int = 5, target: str | N
         How many of the likeliest tokens are kept.
     target : str, optional
         A continuation whose first token is followed through the layers.
+    remote : bool or str
+        Where the states are read, as nnsight understands it: here by default, on NDIF with True, ``"local"`` to try it here. The
+        unembedding is this model's own, here.
 
     Raises
     ------
@@ -101,6 +105,8 @@ def logit_lens(model: EditableModel, prompt: str, *, k: int = 5, target: str | N
         If the prompt is empty or k is not at least 1.
     FactError
         If the target tokenizes to nothing.
+    StateError
+        If the model is edited and the states shall come from a server.
     """
     ids = model.encode(prompt).ids
     if not ids or k < 1:
@@ -108,8 +114,8 @@ def logit_lens(model: EditableModel, prompt: str, *, k: int = 5, target: str | N
     wanted = None if target is None else continued(model, prompt, target).target_ids[0]
     tops, likelihoods, followed, ranks = [], [], [], []
     with model.running():
-        for states in _states(model, ids):
-            p = model.unembed(states).float().softmax(-1)  # one layer at a time: vocabularies are large
+        for states in read_layers(model, ids, remote) if remote else _states(model, ids):
+            p = model.unembed(states.to(model.device)).float().softmax(-1)  # one layer at a time: vocabularies are large
             best = p.topk(min(k, p.shape[-1]))
             tops.append(best.indices.cpu())
             likelihoods.append(best.values.cpu())

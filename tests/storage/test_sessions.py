@@ -19,6 +19,7 @@ from nse_tools.errors import SettingError, StateError, StorageError
 from nse_tools.facts import Fact, FactList, load_facts
 from nse_tools.models.storage import SCRATCH
 from nse_tools.storage import holds_session, manifest, read_session, sessions
+from nse_tools.storage.rounds import ABOUT, files_of, round_from
 from nse_tools.tracing import Corpus, second_moments
 
 ROUNDS = [FactList(list(FACTS)[:2]), FactList(list(FACTS)[2:4]), FactList(list(FACTS)[4:])]
@@ -141,7 +142,7 @@ def test_what_is_on_disk_can_be_read_without_nse_tools(tmp_path: Path) -> None:
     done = session.edit(ROUNDS[0])
     place = next((tmp_path / "rounds").iterdir())
     head = json.loads((tmp_path / "session.json").read_text())
-    assert head["format"] == 1
+    assert head["format"] == 2
     assert head["session"]["method"]["neuron_threshold"] == METHOD.neuron_threshold
     assert load_facts(place / "facts.json") == ROUNDS[0]
     pd.testing.assert_frame_equal(pd.read_csv(place / "residuals.csv", dtype={"layer": "Int64"}), done.residuals(), check_dtype=False)
@@ -334,3 +335,17 @@ def test_sampled_statistics_are_computed_again_and_compared(tmp_path: Path, monk
 def _corpus(model) -> Corpus:
     draw = torch.Generator().manual_seed(0)
     return Corpus(tuple(tuple(torch.randint(5, 300, (20,), generator=draw).tolist()) for _ in range(40)), "random tokens")
+
+
+def test_rounds_and_heads_of_format_1_are_read(tmp_path: Path) -> None:
+    """They do not say what a round replaces."""
+    session = session_of(autosave=tmp_path)
+    done = session.edit(ROUNDS[0])
+    session.autosave.close()
+    head = json.loads((tmp_path / "session.json").read_text())
+    (tmp_path / "session.json").write_text(json.dumps({**head, "format": 1}))
+    assert len(read_session(tmp_path).rounds) == 1
+    files = files_of(done)
+    about = json.loads(files[ABOUT])
+    assert about["round"].pop("replaces") == []
+    assert round_from({**files, ABOUT: json.dumps(about).encode()}).replaces == ()

@@ -1,0 +1,46 @@
+"""Streams of made-up edits on a small random model, with sessions whose older rounds are on disk only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kept_small import METHOD, load, session_of
+from models_small import build
+from nse_tools.editing import EditSession
+from nse_tools.facts import Fact
+from nse_tools.storage import holds_session
+from nse_tools.streams import EditStream, JsonLines
+
+FAST = METHOD.with_(layers=(2,), v_num_grad_steps=1, passes=1, neuron_threshold=1.0)
+TARGETS = ("Berlin", "Rome", "Paris", "piano", "French", "Italy", "Japan", "Brazil")
+
+
+def fact(number: int, target: int = 0, **more: Any) -> Fact:
+    """Return a fact about one of any number of subjects."""
+    return Fact(
+        f"f{number}", f"Number {number} of Denmark", "I think that {} is", TARGETS[(number + target) % len(TARGETS)], relation="is", **more
+    )
+
+
+def line_of(edit: Fact) -> str:
+    return json.dumps(edit.to_dict()) + "\n"
+
+
+def opened(path: Path, method: Any = METHOD, keep: int | None = 2) -> EditSession:
+    """Begin a session with autosave, or go on with it where it is."""
+    if holds_session(path):
+        return load(path, build(), method.layers, autosave=True, keep=keep)
+    return session_of(method=method, autosave=path, keep=keep)
+
+
+def write_file(folder: Path, file: Path, rounds_of: int) -> None:
+    """Stream a file into a session: what a user's script does."""
+    torch.set_num_threads(1)
+    session = opened(folder)
+    with EditStream(session, JsonLines(file), rounds_of=rounds_of, wait=3600) as stream:
+        stream.run()
+    session.autosave.close()
