@@ -102,7 +102,7 @@ def _effects_at(made: Sequence[EditRound], layer: int) -> pd.DataFrame:
     tables = []
     for done in reversed(made):
         delta, keys = round_update(done, layer), done.final_keys[layer].values.double()
-        if done is not made[-1]:
+        if done.number < made[-1].number:
             tables.append(_of_round(done, keys, keys @ delta.T, keys @ later.T, rewritten))
         later += delta
         rewritten += (delta != 0).any(dim=0)
