@@ -49,6 +49,7 @@ _HOME = {
     "calibrate": "editing",
     "collect_keys": "editing",
     "compute_values": "editing",
+    "values_in_batches": "editing",
     "hidden_states": "editing",
     "methods": "editing",
     "neuron_scores": "editing",
@@ -111,7 +112,7 @@ _HOME = {
     "save_stream": "figures",
     "session_report": "figures",
 }
-_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "sharing", "storage", "tracing", "widgets"}
+_ROOMS = {"editing", "errors", "evaluation", "facts", "figures", "models", "plots", "scale", "sharing", "storage", "tracing", "widgets"}
 
 __all__ = ["__version__", *sorted(_HOME), *sorted(_ROOMS)]  # noqa: PLE0604
 

@@ -6,7 +6,7 @@ from nse_tools.plots.exporting import export, export_all
 from nse_tools.plots.forgetting import forgetting_cohorts, forgetting_curve, forgetting_matrix, retention
 from nse_tools.plots.lost import lost_facts
 from nse_tools.plots.neurons import neuron_card, neuron_map, neuron_overlap, neuron_scores, neuron_usage
-from nse_tools.plots.performance import round_seconds, search_speed
+from nse_tools.plots.performance import cluster_scaling, round_seconds, search_speed
 from nse_tools.plots.probing import hidden_shift, logit_lens, next_tokens, prompt_rounds
 from nse_tools.plots.residuals import layer_contributions, residual_map, residuals, skipped_facts
 from nse_tools.plots.scores import scores
@@ -22,6 +22,7 @@ __all__ = [
     "TEMPLATE",
     "at_width",
     "calibration",
+    "cluster_scaling",
     "comparison_curve",
     "dark",
     "export",
