@@ -12,7 +12,7 @@ import torch
 from models_small import CONTEXTS, FACTS, TEXT, build
 from nse_tools import compute_values, load_corpus, score_facts, second_moments, values_in_batches
 from nse_tools.editing import TargetValues, ValueCache
-from nse_tools.errors import FactError, SettingError
+from nse_tools.errors import FactError, SettingError, StateError
 from nse_tools.models import EditableModel
 from nse_tools.scale import LocalExecutor
 from nse_tools.tracing import moments
@@ -79,6 +79,16 @@ def test_batches_that_are_held_by_the_cache_are_not_run_again(model: EditableMod
     executor.items.clear()
     assert all(compute_values(model, FACTS, CONTEXTS, METHOD, executor=executor, cache=cache).cached)
     assert not executor.items
+
+
+def test_values_of_a_model_edited_meanwhile_are_not_kept(tmp_path: Path) -> None:
+    model, cache, method = build("llama"), ValueCache(tmp_path), METHOD.with_(values_under="current")
+    stream = values_in_batches(model, FACTS, CONTEXTS, method, executor=LocalExecutor(2), cache=cache)
+    next(stream)
+    model.weight(0).mul_(1.5)
+    with pytest.raises(StateError, match="edited while"):
+        next(stream)
+    assert len(cache) == 2
 
 
 def test_scores_in_batches(model: EditableModel) -> None:
