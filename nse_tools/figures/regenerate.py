@@ -92,7 +92,6 @@ RECIPES: dict[str, Recipe] = {
     ),
     "search_speed": Recipe(("bench/value_search.csv",), plots.search_speed),
     "round_seconds": Recipe(("bench/rounds_flat.csv",), plots.round_seconds),
-    "cluster_scaling": Recipe(("bench/cluster_simulation.csv",), plots.cluster_scaling),
 }
 """Name → recipe. A comparison's curve is one line: ``"comparison_score": compared("score", "score")``."""
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,20 +38,25 @@ def find_ray() -> Any:
         ) from missing
 
 
+def _quieten() -> None:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if os.environ["RAY_AUTH_MODE"] == "token":  # without one, it writes one into the home folder
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 def start_local(workers: int, **more: Any) -> str:
     """Start a Ray on this machine for so many workers; return its scratch folder.
 
     Parameters
     ----------
     workers : int
-        How many CPUs it offers.
+        How many CPUs it offers. What keeps it quiet is set for the whole process, unless Ray was imported before.
     **more
         Instead of or beside what is passed to ``ray.init``.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    if os.environ["RAY_AUTH_MODE"] == "token":  # else it would write one into the home folder
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" not in sys.modules:  # it reads them when it is imported, and would be at odds with its servers later
+        _quieten()
     # its sockets' paths, which begin with it, may have 107 characters
     short = len(tempfile.gettempdir()) <= 20 or not Path("/tmp").is_dir()
     folder = tempfile.mkdtemp(prefix="nse-ray-", dir=None if short else "/tmp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -194,14 +195,14 @@ class RayExecutor:
     def _connect(self) -> None:
         if self._ray is not None:
             return
-        ray = find_ray()
-        if not ray.is_initialized():
-            if self.address is not None:
-                ray.init(address=self.address, **{"log_to_driver": False, **self._init})
-            else:
-                wanted = (self.workers or _cores()) * int(max(1, self._options["num_cpus"]))
-                self._scratch = start_local(wanted, **self._init)
-        self._ray = ray
+        if sys.modules.get("ray") is not None and find_ray().is_initialized():
+            pass
+        elif self.address is not None:
+            find_ray().init(address=self.address, **{"log_to_driver": False, **self._init})
+        else:
+            wanted = (self.workers or _cores()) * int(max(1, self._options["num_cpus"]))
+            self._scratch = start_local(wanted, **self._init)
+        self._ray = find_ray()
 
     def _forget(self) -> None:
         self._slots, self._model, self._parcel, self._sent = [], None, [], None

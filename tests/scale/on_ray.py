@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import ray
 import torch
 
 from models_small import CONTEXTS, FACTS, TEXT, build, moments_for
@@ -20,6 +19,7 @@ from nse_tools.editing import TargetValues
 from nse_tools.errors import ClusterError, FactError
 from nse_tools.models import EditableModel
 from nse_tools.scale import LocalExecutor, RayExecutor
+from nse_tools.scale.local_ray import find_ray
 from nse_tools.tracing import moments
 from scale import cluster_jobs
 from sessions_small import METHOD
@@ -35,7 +35,7 @@ def executor() -> Iterator[RayExecutor]:
         yield made
         scratch = made._scratch
         assert scratch is not None
-    assert not ray.is_initialized()
+    assert not find_ray().is_initialized()
     assert not Path(scratch).exists()
     assert set(Path.home().iterdir()) == home
 
@@ -58,7 +58,7 @@ def test_values_bit_for_bit_on_two_workers_and_on_one(executor: RayExecutor, mod
     with RayExecutor(1, batch_facts=2, options={"num_cpus": 0}) as one:  # in the Ray that is there already
         assert same(compute_values(model, FACTS, CONTEXTS, METHOD, executor=one), here)
         assert one.cost().workers == 1
-    assert ray.is_initialized()
+    assert find_ray().is_initialized()
 
 
 def test_scores_bit_for_bit(executor: RayExecutor, model: EditableModel) -> None:

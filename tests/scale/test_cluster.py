@@ -45,6 +45,7 @@ def test_on_two_real_workers(tmp_path: Path) -> None:
         "NSE_TOOLS_CACHE": str(cache_folder()),  # the embedded model is there
         "PYTHONPATH": os.pathsep.join([str(root), str(HERE.parent)]),
         "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",  # else workers starve beside other tests
     }
     command = [*alone(), sys.executable, "-m", "pytest", str(HERE / "on_ray.py"), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=580, check=False)
