@@ -296,10 +296,6 @@ class EditSession(TimeTravel):
     def _repr_html_(self) -> str:
         return table_html(self.to_frame(), head=self)
 
-    @property
-    def _searching(self) -> dict[str, Any]:
-        return {"cache": self.value_cache, "executor": self.executor}
-
     def _write(self, facts: FactList, values: TargetValues | None, watch: Stopwatch) -> tuple[TargetValues, Written]:
         """Change the weights as the method's solver does; return the values and what was done."""
         model, method = self.model, self.method
@@ -312,13 +308,16 @@ class EditSession(TimeTravel):
             self._bases = method, preserved_moments(method, self.moments)
         inputs = (self.contexts, self.moments, self.history)
         if method.solver == "rank_one":
-            return write_one_by_one(model, method, facts, values, *inputs, bases=self._bases[1], **self._searching, **shown)
+            return write_one_by_one(
+                model, method, facts, values, *inputs, bases=self._bases[1], cache=self.value_cache, executor=self.executor, **shown
+            )
+        where: dict[str, Any] = {"cache": self.value_cache, "executor": self.executor}
         if values is None:
             with watch.time("values"):
-                values = compute_values(model, facts, self.contexts, method, progress=self.progress, **self._searching)
+                values = compute_values(model, facts, self.contexts, method, progress=self.progress, **where)
         first = None
         if method.spread == "ends" and len(method.edited_layers) > 1:
             with watch.time("values"):
                 at_first = method.with_(layers=method.layers[:1])
-                first = compute_values(model, facts, self.contexts, at_first, progress=self.progress, **self._searching)
+                first = compute_values(model, facts, self.contexts, at_first, progress=self.progress, **where)
         return values, write_values(model, method, facts, values, *inputs, first_values=first, bases=self._bases[1], **shown)

@@ -116,4 +116,4 @@ def cluster_scaling(table: pd.DataFrame, title: str | None = None) -> go.Figure:
 def scaling_table(table: pd.DataFrame) -> pd.DataFrame:
     """Return the means over seeds that are drawn: ``work``, ``case``, ``workers``, ``speed_up``; rows of what was measured are left out."""
     simulated = table[table.measured_s.isna()]
-    return simulated.groupby(["work", "case", "workers"], sort=False, as_index=False).speed_up.mean()
+    return simulated.groupby(["work", "case", "workers"], sort=False, as_index=False)[["speed_up"]].mean()
