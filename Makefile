@@ -39,7 +39,7 @@ model: .venv/ready     ## fetch and convert the embedded model, once
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ui,ability,share,export,docs,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ui,ability,share,export,cluster,docs,dev]"
 	touch $@
 
 clean:                 ## remove the environment and all runs

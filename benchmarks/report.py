@@ -1,6 +1,7 @@
 """Fill the tables of docs/performance.md from csv files of the benchmarks.
 
     python benchmarks/report.py --results docs/results/bench
+    python benchmarks/report.py --page docs/scaling.md --names cluster cluster_simulation
 
 Between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` the summary of NAME.csv is put, as the benchmark itself prints it,
 below a line that says on what machine it was measured. A table without a csv file is left as it is.
@@ -70,9 +71,10 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--results", type=Path, default=Path("docs/results/bench"))
     made.add_argument("--page", type=Path, default=Path("docs/performance.md"))
+    made.add_argument("--names", nargs="+", default=list(NAMES), help="benchmarks whose tables are on the page")
     chosen = made.parse_args()
     text = chosen.page.read_text(encoding="utf-8")
-    for name in NAMES:
+    for name in chosen.names:
         file = chosen.results / f"{name}.csv"
         if file.is_file():
             text = fill(text, name, table(name, file))

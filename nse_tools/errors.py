@@ -64,6 +64,10 @@ class ExportError(NSEError, RuntimeError):
     """An export that could not be written, or did not behave as the edited model does; nothing was left behind."""
 
 
+class ClusterError(NSEError, RuntimeError):
+    """A cluster that cannot be used, or a job on it that could not be finished; says what to try."""
+
+
 class StateError(NSEError, RuntimeError):
     """The model's weights are not what the session says they are."""
 

@@ -16,7 +16,7 @@ from nse_tools.editing.solvers import PreservedMoments, solve_update
 from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.updating import write_values
 from nse_tools.editing.value_cache import ValueCache
-from nse_tools.editing.values import TargetValues, compute_values
+from nse_tools.editing.values import TargetValues, compute_values, values_in_batches
 from nse_tools.editing.verification import Verification
 
 __all__ = [
@@ -49,5 +49,6 @@ __all__ = [
     "overlaps",
     "select_neurons",
     "solve_update",
+    "values_in_batches",
     "write_values",
 ]

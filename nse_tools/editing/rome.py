@@ -21,6 +21,7 @@ from nse_tools.editing.values import TargetValues, compute_values
 from nse_tools.errors import EditError
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
+from nse_tools.models.executors import Executor
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
 
@@ -36,6 +37,7 @@ def write_one_by_one(
     *,
     bases: Mapping[int, PreservedMoments] | None = None,
     cache: ValueCache | None = None,
+    executor: Executor | None = None,
     watch: Stopwatch | None = None,
     progress: bool = False,
 ) -> tuple[TargetValues, Written]:
@@ -55,6 +57,8 @@ def write_one_by_one(
         Their target values, where they are known; sought by default.
     cache : ValueCache, optional
         Where values found before are.
+    executor : Executor, optional
+        Where values that do not depend on each other are searched for.
 
     Returns
     -------
@@ -74,7 +78,7 @@ def write_one_by_one(
     preserved = base.with_history(history) if method.use_history else base
     if values is None and method.values_under == "original":  # then they do not depend on each other
         with watch.time("values"):
-            values = compute_values(model, facts, contexts, method, progress=progress, cache=cache)
+            values = compute_values(model, facts, contexts, method, progress=progress, cache=cache, executor=executor)
     with watch.time("states"):
         states = FactStates.record(model, facts, contexts, layer, layer)
         hidden = [states.hidden(layer)]

@@ -30,6 +30,7 @@ from nse_tools.editing.values import TargetValues, compute_values
 from nse_tools.errors import SettingError, StateError
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
+from nse_tools.models.executors import Executor
 from nse_tools.models.weights import digest_of, digest_of_weights
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
@@ -63,6 +64,9 @@ class EditSession(TimeTravel):
     keep : int, optional
         How many of the last rounds stay in memory; older ones are read from the folder of ``autosave`` when they are asked for, so
         that a session of any length needs the same memory. All by default.
+    executor : Executor, optional
+        Where values are searched for, key statistics are computed and facts are scored, e.g. a cluster
+        (:class:`nse_tools.scale.RayExecutor`); in this process by default. Not saved with the session.
 
     Raises
     ------
@@ -87,11 +91,13 @@ class EditSession(TimeTravel):
         value_cache: ValueCache | bool = True,
         autosave: str | Path | None = None,
         keep: int | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self.model = model
         self.method = method or methods.nse()
         self.seed = seed
         self.progress = progress
+        self.executor = executor
         self.value_cache: ValueCache | None = ValueCache() if value_cache is True else value_cache or None
         self.memo: dict[Any, Any] = {}
         """Results that other rooms keep with the session (scores); entries are keyed by the round they belong to."""
@@ -313,13 +319,16 @@ class EditSession(TimeTravel):
             self._bases = method, preserved_moments(method, self.moments)
         inputs = (self.contexts, self.moments, history)
         if method.solver == "rank_one":
-            return write_one_by_one(model, method, facts, values, *inputs, bases=self._bases[1], cache=self.value_cache, **shown)
+            return write_one_by_one(
+                model, method, facts, values, *inputs, bases=self._bases[1], cache=self.value_cache, executor=self.executor, **shown
+            )
+        where: dict[str, Any] = {"cache": self.value_cache, "executor": self.executor}
         if values is None:
             with watch.time("values"):
-                values = compute_values(model, facts, self.contexts, method, progress=self.progress, cache=self.value_cache)
+                values = compute_values(model, facts, self.contexts, method, progress=self.progress, **where)
         first = None
         if method.spread == "ends" and len(method.edited_layers) > 1:
             with watch.time("values"):
                 at_first = method.with_(layers=method.layers[:1])
-                first = compute_values(model, facts, self.contexts, at_first, progress=self.progress, cache=self.value_cache)
+                first = compute_values(model, facts, self.contexts, at_first, progress=self.progress, **where)
         return values, write_values(model, method, facts, values, *inputs, first_values=first, bases=self._bases[1], **shown)

@@ -19,6 +19,7 @@ from nse_tools.editing.turns import Turn
 from nse_tools.editing.value_cache import ValueCache
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
+from nse_tools.models.executors import Executor
 from nse_tools.models.interrupts import uninterrupted
 from nse_tools.models.weights import write_weights
 from nse_tools.tracing.contexts import Contexts, sample_contexts
@@ -40,6 +41,7 @@ class SessionState:
     find_moments: Callable[[], SecondMoments] | None = None
     """Where the key statistics come from, if not from :func:`second_moments` with the session's seed."""
     value_cache: ValueCache | None
+    executor: Executor | None
     memo: dict[Any, Any]
     _contexts: Contexts | None
     _moments: SecondMoments | None
@@ -67,7 +69,7 @@ class SessionState:
         return self._moments
 
     def _computed_moments(self) -> SecondMoments:
-        return second_moments(self.model, self.method.layers, seed=self.seed, progress=self.progress)
+        return second_moments(self.model, self.method.layers, seed=self.seed, progress=self.progress, executor=self.executor)
 
     def known_inputs(self) -> tuple[Contexts | None, SecondMoments | None]:
         """Return contexts and key statistics as far as they are known, without sampling or computing them."""

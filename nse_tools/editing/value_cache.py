@@ -207,25 +207,23 @@ class ValueCache:
         self._warned = True
 
 
-def identify(
-    model: EditableModel, facts: Sequence[Fact], rows: Sequence[SearchRow], contexts: Contexts, method: Method, whole: bool
-) -> list[str] | None:
-    """Describe everything that each fact's value depends on.
+def identify_common(model: EditableModel, contexts: Contexts, method: Method, whole: bool) -> dict[str, Any] | None:
+    """Describe everything that the values of all facts depend on.
 
     Parameters
     ----------
     model : EditableModel
         The model, under the weights the search is made with.
-    facts, rows, contexts, method, whole
+    contexts, method, whole
         What is searched for: see :func:`nse_tools.editing.compute_values`.
 
     Returns
     -------
-    list of str, optional
-        One JSON text a fact. None, with a warning, where the weights cannot be read (a layer is offloaded).
+    dict, optional
+        For :func:`identify`. None, with a warning, where the weights cannot be read (a layer is offloaded).
     """
     try:
-        common = {
+        return {
             "format": _FORMAT,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "code": _code(),
@@ -239,6 +237,23 @@ def identify(
     except (RuntimeError, TypeError, ValueError) as wrong:
         _log.warning("the values of %s are not cached: its weights cannot be read (%s)", model.name, wrong)
         return None
+
+
+def identify(common: Mapping[str, Any], facts: Sequence[Fact], rows: Sequence[SearchRow]) -> list[str]:
+    """Describe everything that each fact's value depends on.
+
+    Parameters
+    ----------
+    common : mapping
+        What :func:`identify_common` returned.
+    facts, rows
+        The facts, and the rows of their searches.
+
+    Returns
+    -------
+    list of str
+        One JSON text a fact.
+    """
     tokens = defaultdict(list)
     for row in rows:  # what the tokenizer made of the texts: another tokenizer, other values
         tokens[row.fact].append((row.prompt.ids, row.prompt.position, row.targets, row.weight))

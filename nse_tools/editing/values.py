@@ -2,113 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
-import pandas as pd
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from nse_tools import _late
-from nse_tools._show import table_html
 from nse_tools.editing.keys import FactStates
 from nse_tools.editing.method import Method
-from nse_tools.editing.value_cache import FoundValue, ValueCache, identify
+from nse_tools.editing.target_values import TargetValues, split, together
+from nse_tools.editing.value_cache import FoundValue, ValueCache, identify, identify_common
 from nse_tools.editing.value_search import SearchRow, ValueSearch, search_rows
-from nse_tools.errors import FactError
+from nse_tools.errors import FactError, StateError
 from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
+from nse_tools.models.executors import Executor, in_batches, n_batches
+from nse_tools.models.weights import checksum_of
 from nse_tools.tracing.contexts import Contexts
-
-
-@dataclass(frozen=True)
-class TargetValues:
-    """Values of a batch of facts and how they were found.
-
-    Parameters
-    ----------
-    fact_ids : tuple of str
-        The facts, in the order of the rows below.
-    layer : int
-        L, at whose output the values live.
-    z, delta, h0 : Tensor
-        (n_facts, d_model) float32 on CPU, in units of the model's hidden states; z = h₀ + δ.
-    trace : DataFrame
-        One row a fact and step: ``nll``, ``kl``, ``decay``, ``loss``, ``probability`` of the target (geometric mean over
-        its tokens, mean over contexts), ``norm`` of δ.
-    stop : tuple of str
-        Why each search ended: ``"loss"`` below the threshold, the target the ``"argmax"`` for long enough, or all ``"steps"`` used.
-    way : str
-        ``"suffix"``: only the tokens from the subject on were replayed; ``"whole"``: whole prompts; ``"mixed"``: some facts
-        one way (taken from a cache), some the other; ``"gradient"``: nothing was sought, z are the states that fine-tuning reached.
-    led : tuple of bool
-        Whether a neutral lead was put before a fact's prompt, because its subject would have been the first token.
-    cached : tuple of bool
-        Whether a fact's value was taken from a cache instead of searched for; all False by default.
-    """
-
-    fact_ids: tuple[str, ...]
-    layer: int
-    z: Tensor = field(repr=False)
-    delta: Tensor = field(repr=False)
-    h0: Tensor = field(repr=False)
-    trace: pd.DataFrame = field(repr=False)
-    stop: tuple[str, ...]
-    way: str
-    led: tuple[bool, ...]
-    cached: tuple[bool, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.cached:
-            object.__setattr__(self, "cached", (False,) * len(self.fact_ids))
-
-    @classmethod
-    def join(cls, parts: Sequence[TargetValues]) -> TargetValues:
-        """Put the values of several batches of facts together, in their order."""
-        found = [value for part in parts for value in _split(part)]
-        return _together([i for p in parts for i in p.fact_ids], parts[0].layer, found, tuple(c for p in parts for c in p.cached))
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row a fact: norms, first and last loss and probability, steps, stop reason, whether it was cached."""
-        by_fact = self.trace.groupby("fact", sort=False)
-        return pd.DataFrame(
-            {
-                "fact": self.fact_ids,
-                "norm_h0": self.h0.norm(dim=1).tolist(),
-                "norm_delta": self.delta.norm(dim=1).tolist(),
-                "probability_before": by_fact["probability"].first().reindex(self.fact_ids).to_numpy(),
-                "probability": by_fact["probability"].last().reindex(self.fact_ids).to_numpy(),
-                "loss": by_fact["loss"].last().reindex(self.fact_ids).to_numpy(),
-                "steps": by_fact.size().reindex(self.fact_ids).to_numpy(),
-                "stop": self.stop,
-                "cached": self.cached,
-            }
-        )
-
-    def __getitem__(self, fact_id: str) -> Tensor:
-        """Return one fact's z, (d_model,)."""
-        return self.z[self.fact_ids.index(fact_id)]
-
-    def __len__(self) -> int:
-        return len(self.fact_ids)
-
-    def __repr__(self) -> str:
-        table = self.to_frame()
-        cached = f", {sum(self.cached)} cached" if any(self.cached) else ""
-        return (
-            f"TargetValues({len(self)} facts at layer {self.layer}: mean ‖δ‖ {table.norm_delta.mean():.1f}, "
-            f"mean p(target) {table.probability_before.mean():.3f} → {table.probability.mean():.3f}, {self.way}{cached})"
-        )
-
-    def _repr_html_(self) -> str:
-        return table_html(self.to_frame())
-
-    def plot(self, **options: Any) -> Any:
-        """Draw the searches (:func:`nse_tools.plots.value_search`)."""
-        return _late.call("plots", "value_search", self, **options)
 
 
 def compute_values(
@@ -120,6 +34,7 @@ def compute_values(
     progress: bool = False,
     whole: bool = False,
     cache: ValueCache | None = None,
+    executor: Executor | None = None,
 ) -> TargetValues:
     """Find z = h₀ + δ for each fact, many facts in one batch.
 
@@ -150,6 +65,9 @@ def compute_values(
     cache : ValueCache, optional
         Values found before are taken from it, and those found now put into it; none by default. Where every fact is held,
         the model does not run.
+    executor : Executor, optional
+        Where batches of facts are searched for, e.g. a cluster (:class:`nse_tools.scale.RayExecutor`); here, all facts in one
+        batch, by default.
 
     Returns
     -------
@@ -163,9 +81,10 @@ def compute_values(
     EditError
         If a loss is not finite; names the fact and the step.
     """
-    if not len(facts):
-        raise FactError("compute_values: there are no facts.")
-    model.check_layers([method.last_layer])
+    if executor is not None:
+        options: dict[str, Any] = {"executor": executor, "progress": progress, "whole": whole, "cache": cache}
+        return TargetValues.join(list(values_in_batches(model, facts, contexts, method, **options)))
+    _check(model, facts, method)
     values = _values(model, facts, contexts, method, whole, progress, cache)
     return anchor_norms(model, facts, contexts, values) if method.norm_anchor else values
 
@@ -200,6 +119,150 @@ def anchor_norms(model: EditableModel, facts: Sequence[Fact], contexts: Contexts
     return replace(values, z=z, delta=z - values.h0)
 
 
+def values_in_batches(
+    model: EditableModel,
+    facts: Sequence[Fact],
+    contexts: Contexts,
+    method: Method,
+    *,
+    executor: Executor,
+    progress: bool = False,
+    whole: bool = False,
+    cache: ValueCache | None = None,
+) -> Iterator[TargetValues]:
+    """Find values batch after batch, and keep none: for streams of facts whose values do not fit into memory.
+
+    The batches are of ``executor.batch_facts`` facts; joined (:meth:`TargetValues.join`) they are what
+    :func:`compute_values` returns. The model must not be edited between two batches.
+
+    Parameters
+    ----------
+    model, facts, contexts, method, progress, whole, cache
+        As in :func:`compute_values`.
+    executor : Executor
+        What searches: a :class:`nse_tools.scale.RayExecutor`, or a :class:`nse_tools.scale.LocalExecutor`.
+
+    Yields
+    ------
+    TargetValues
+        Those of the next batch.
+
+    Raises
+    ------
+    FactError
+        If there are no facts, or a target tokenizes to nothing.
+    EditError
+        If a loss is not finite; names the fact and the step.
+    StateError
+        If the model was edited meanwhile, and its values would be kept in the cache.
+    """
+    _check(model, facts, method)
+    found = _by_batch(model, facts, contexts, method, whole, progress, cache, executor)
+    for batch, values in zip(in_batches(facts, executor.batch_facts), found, strict=True):
+        yield anchor_norms(model, batch, contexts, values) if method.norm_anchor else values
+
+
+def _check(model: EditableModel, facts: Sequence[Fact], method: Method) -> None:
+    if not len(facts):
+        raise FactError("compute_values: there are no facts.")
+    model.check_layers([method.last_layer])
+
+
+def _by_batch(
+    model: EditableModel,
+    facts: Sequence[Fact],
+    contexts: Contexts,
+    method: Method,
+    whole: bool,
+    progress: bool,
+    cache: ValueCache | None,
+    executor: Executor,
+) -> Iterator[TargetValues]:
+    """Yield the values of each batch as found or held; batches held as a whole go to no worker."""
+    with _weights(model, method):
+        common = identify_common(model, contexts, method, whole) if cache is not None else None
+    shared = executor.share((contexts, method, whole))
+    parts = (_Part.look_up(model, batch, contexts, common, cache) for batch in in_batches(facts, executor.batch_facts))
+    total = n_batches(facts, executor.batch_facts) if common is None else None
+    for held, run in groupby(parts, key=lambda part: not part.missing):
+        if held:
+            yield from (part.complete(None, method.last_layer) for part in run)
+            continue
+        sent: deque[_Part] = deque()
+        found = executor.map(model, _search_job, _tasks(run, shared, sent), label="values", total=total, progress=progress)
+        for searched in found:
+            part = sent.popleft()
+            if cache is not None:
+                _check_unedited(model, method, common)
+                cache.write(part.found(searched))
+            yield part.complete(searched, method.last_layer)
+
+
+def _check_unedited(model: EditableModel, method: Method, common: Mapping[str, Any] | None) -> None:
+    """Refuse to keep values of the present weights under the name of those that the call began with."""
+    if common is not None and method.values_under != "original" and checksum_of(model) != common["now"]:
+        raise StateError("The model was edited while values under its present weights were sought. Take all batches first, then edit.")
+
+
+def _tasks(parts: Iterable[_Part], shared: Any, sent: deque[_Part]) -> Iterator[tuple[Any, list[Fact]]]:
+    for part in parts:
+        sent.append(part)
+        yield shared, [part.facts[i] for i in part.missing]
+
+
+def _search_job(model: EditableModel, shared: tuple[Contexts, Method, bool], facts: Sequence[Fact]) -> TargetValues:
+    """Search for the values of a batch, on whatever machine."""
+    contexts, method, whole = shared
+    rows = search_rows(model, facts, contexts)
+    with _weights(model, method), model.running():
+        return _search(model, facts, rows, method, whole, progress=False)
+
+
+def _weights(model: EditableModel, method: Method) -> AbstractContextManager[None]:
+    return model.original_weights() if method.values_under == "original" else nullcontext()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A batch of facts, and which of their values are held by a cache under which names (None: nothing is cached)."""
+
+    facts: Sequence[Fact]
+    names: list[str] | None
+    held: dict[str, FoundValue]
+
+    @classmethod
+    def look_up(
+        cls, model: EditableModel, facts: Sequence[Fact], contexts: Contexts, common: dict[str, Any] | None, cache: ValueCache | None
+    ) -> _Part:
+        # traces are told apart by the facts' ids
+        if common is None or cache is None or len({f.id for f in facts}) < len(facts):
+            return cls(facts, None, {})
+        names = identify(common, facts, search_rows(model, facts, contexts))
+        return cls(facts, names, cache.read(names, model.d_model))
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the facts to be searched for; those that differ in their id only share a search."""
+        if self.names is None:
+            return list(range(len(self.facts)))
+        first = {name: i for i, name in reversed(list(enumerate(self.names)))}
+        return sorted(i for name, i in first.items() if name not in self.held)
+
+    def found(self, searched: TargetValues | None) -> dict[str, FoundValue]:
+        """Return what was searched for under the names it is cached by."""
+        if self.names is None or searched is None:
+            return {}
+        return {self.names[i]: value for i, value in zip(self.missing, split(searched), strict=True)}
+
+    def complete(self, searched: TargetValues | None, layer: int) -> TargetValues:
+        """Return the values of all facts."""
+        if self.names is None:
+            assert searched is not None
+            return searched
+        every = {**self.held, **self.found(searched)}
+        return together([f.id for f in self.facts], layer, [every[n] for n in self.names], tuple(n in self.held for n in self.names))
+
+
 def _values(
     model: EditableModel,
     facts: Sequence[Fact],
@@ -210,20 +273,14 @@ def _values(
     cache: ValueCache | None,
 ) -> TargetValues:
     rows = search_rows(model, facts, contexts)
-    under = model.original_weights() if method.values_under == "original" else nullcontext()
-    with under, model.running():
-        names = None
-        if cache is not None and len({f.id for f in facts}) == len(facts):  # traces are told apart by the facts' ids
-            names = identify(model, facts, rows, contexts, method, whole)
-        if cache is None or names is None:
-            return _search(model, facts, rows, method, whole, progress)
-        held = cache.read(names, model.d_model)
-        first = {name: i for i, name in reversed(list(enumerate(names)))}  # facts that differ in their id only share a search
-        missing = sorted(i for name, i in first.items() if name not in held)
+    with _weights(model, method), model.running():
+        common = identify_common(model, contexts, method, whole) if cache is not None else None
+        part = _Part.look_up(model, facts, contexts, common, cache)
+        missing = part.missing
         searched = _search(model, [facts[i] for i in missing], _rows_of(rows, missing), method, whole, progress) if missing else None
-    found = {names[i]: part for i, part in zip(missing, _split(searched), strict=True)} if searched is not None else {}
-    cache.write(found)
-    return _together([f.id for f in facts], method.last_layer, [{**held, **found}[n] for n in names], tuple(n in held for n in names))
+    if cache is not None:
+        cache.write(part.found(searched))
+    return part.complete(searched, method.last_layer)
 
 
 def _search(
@@ -248,37 +305,3 @@ def _rows_of(rows: Sequence[SearchRow], facts: Sequence[int]) -> list[SearchRow]
     """Return the rows of some facts, which are numbered anew."""
     number = {fact: i for i, fact in enumerate(facts)}
     return [replace(row, fact=number[row.fact]) for row in rows if row.fact in number]
-
-
-def _split(values: TargetValues) -> list[FoundValue]:
-    by_fact = dict(tuple(values.trace.groupby("fact", sort=False)))
-    return [
-        FoundValue(
-            values.delta[i],
-            values.h0[i],
-            by_fact[fact].drop(columns="fact").reset_index(drop=True),
-            values.stop[i],
-            values.way,
-            values.led[i],
-        )
-        for i, fact in enumerate(values.fact_ids)
-    ]
-
-
-def _together(fact_ids: Sequence[str], layer: int, parts: Sequence[FoundValue], cached: tuple[bool, ...]) -> TargetValues:
-    delta, h0 = torch.stack([p.delta for p in parts]), torch.stack([p.h0 for p in parts])
-    traces = [part.trace.assign(fact=fact)[["fact", *part.trace.columns]] for fact, part in zip(fact_ids, parts, strict=True)]
-    ways = {p.way for p in parts}
-    return TargetValues(
-        fact_ids=tuple(fact_ids),
-        layer=layer,
-        z=h0 + delta,
-        delta=delta,
-        h0=h0,
-        # in the order a search leaves: step by step, within a step the facts in their order
-        trace=pd.concat(traces, ignore_index=True).sort_values("step", kind="stable", ignore_index=True),
-        stop=tuple(p.stop for p in parts),
-        way=ways.pop() if len(ways) == 1 else "mixed",
-        led=tuple(p.led for p in parts),
-        cached=cached,
-    )

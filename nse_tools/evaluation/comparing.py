@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nse_tools.evaluation.comparison_store import SCORES, Cell, ComparisonFolder
 from nse_tools.evaluation.forgetting import round_perplexity, round_scores
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
+from nse_tools.models.executors import Executor
 from nse_tools.models.storage import digest_of_bytes
 from nse_tools.models.weights import bytes_of, changed_layers, checksum_of, digest_of
 from nse_tools.tracing.contexts import STARTERS, Contexts, sample_contexts
@@ -49,6 +51,7 @@ def compare(
     also: Mapping[str, Measurement] | None = None,
     value_cache: ValueCache | bool = True,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Comparison:
     """Let several methods edit the same facts into the same model, and measure what each learned, kept and forgot.
 
@@ -95,6 +98,10 @@ def compare(
         rounds out. With False every value is searched for, and times can be compared.
     progress : bool
         Show progress bars.
+    executor : Executor, optional
+        Where the cells are made, e.g. a cluster (:class:`nse_tools.scale.RayExecutor`), one job a cell; each seed's key
+        statistics are computed there too. A cell's facts stay together: its numbers, but for the seconds, are those of a run
+        here. Every worker has a cache of values of its own, unless its folder is on a disk that all share.
 
     Returns
     -------
@@ -124,6 +131,7 @@ def compare(
         also=dict(also or {}),
         value_cache=value_cache,
         progress=progress,
+        executor=executor,
     )
     about = run.about()
     store = ComparisonFolder.open(folder, about) if folder is not None else None
@@ -132,12 +140,10 @@ def compare(
     if cells:
         _log.info("%d of %d cells are in %s already", len(cells), len(cells) + len(missing), folder)
     with tqdm(total=len(missing) * len(stream.rounds(rounds_of)), desc="compare", unit="round", disable=not progress) as bar:
-        for seed, method in missing:
-            bar.set_description(f"{method.name}, seed {seed}")
-            cell = run.cell(method, run.inputs(seed, store), bar)
+        for cell in run.cells_here(missing, store, bar) if executor is None else run.cells_on(executor, missing, store, bar):
             if store:
                 store.write(cell)
-            cells[seed, method.name] = cell
+            cells[cell.seed, cell.name] = cell
     return Comparison.of([cells[s, m.name] for m in chosen for s in seeds], about)
 
 
@@ -184,6 +190,7 @@ class _Run:
     also: Mapping[str, Measurement]
     value_cache: ValueCache | bool
     progress: bool
+    executor: Executor | None = None
     state: str = field(init=False)
     unedited: dict[Any, Any] = field(default_factory=dict, init=False)
     """Scores of the unedited model, and prompts as they enter the first edited layer: found once, for all methods."""
@@ -230,7 +237,7 @@ class _Run:
             # contexts that finished cells were made with, even where sampling again would give others
             contexts = Contexts(tuple(noted["contexts"]), seed) if noted else sample_contexts(self.model, seed, self.starters)
             corpus = self._text(seed, noted) if store else self.corpus
-            moments = second_moments(self.model, self.layers, corpus, seed=seed, progress=self.progress)
+            moments = second_moments(self.model, self.layers, corpus, seed=seed, progress=self.progress, executor=self.executor)
             if store:
                 store.note_inputs(seed, {"contexts": list(contexts.prefixes), "facts": facts.ids, **self._noted(moments, corpus)})
             self._inputs = _Inputs(seed, facts, contexts, moments)
@@ -257,6 +264,31 @@ class _Run:
             "moments": {str(layer): digest_of_bytes(bytes_of(moments[layer])) for layer in self.layers},
             "sketches": {str(layer): sketch(moments[layer]) for layer in self.layers},
         }
+
+    def cells_here(self, asked: Sequence[tuple[int, Method]], store: ComparisonFolder | None, bar: tqdm) -> Iterator[Cell]:
+        """Make the cells one after the other."""
+        for seed, method in asked:
+            bar.set_description(f"{method.name}, seed {seed}")
+            yield self.cell(method, self.inputs(seed, store), bar)
+
+    def cells_on(
+        self, executor: Executor, asked: Sequence[tuple[int, Method]], store: ComparisonFolder | None, bar: tqdm
+    ) -> Iterator[Cell]:
+        """Make the cells on an executor, seed by seed; a seed's inputs are shared by its cells."""
+        tasks = self._tasks(executor, asked, store)
+        for cell in executor.map(self.model, _cell_job, tasks, label="compare", total=len(asked), writes=self.layers):
+            bar.update(len(self.facts.rounds(self.rounds_of)))
+            yield cell
+
+    def _tasks(
+        self, executor: Executor, asked: Sequence[tuple[int, Method]], store: ComparisonFolder | None
+    ) -> Iterator[tuple[Any, Method]]:
+        taken = ("facts", "rounds_of", "tested", "shuffle", "starters", "also")
+        settings = {name: getattr(self, name) for name in taken}
+        for seed, own in groupby(asked, key=lambda entry: entry[0]):
+            inputs = self.inputs(seed, store)
+            shared = executor.share(({**settings, "value_cache": self.value_cache}, inputs))
+            yield from ((shared, method) for _, method in own)
 
     def cell(self, method: Method, inputs: _Inputs, bar: tqdm) -> Cell:
         """Run one method under one seed; the weights are put back, and that is checked."""
@@ -315,6 +347,13 @@ class _Run:
         kept = {key for key in session.memo if key[0] == 0 and (key[1] != "prompt states" or key[2] == first)}
         self.unedited.clear()
         self.unedited |= {key: session.memo[key] for key in kept}
+
+
+def _cell_job(model: EditableModel, shared: tuple[dict[str, Any], _Inputs], method: Method) -> Cell:
+    """Make one cell, on whatever machine; the model is put back."""
+    settings, inputs = shared
+    run = _Run(model, [method], corpus=None, progress=False, **settings)
+    return run.cell(method, inputs, tqdm(disable=True))
 
 
 def _tested(session: EditSession, round: int, batches: Sequence[FactList]) -> pd.DataFrame:

@@ -117,7 +117,13 @@ def round_scores(session: EditSession, round: int, facts: FactList | None = None
             # the facts of a round together, so that their batches are the same each time
             for batch in _by_round(session, missing):
                 found = score_facts(
-                    session.model, batch, before=before, kinds=kinds, states=prompt_states(session), progress=session.progress
+                    session.model,
+                    batch,
+                    before=before,
+                    kinds=kinds,
+                    states=None if session.executor else prompt_states(session),
+                    progress=session.progress,
+                    executor=session.executor,
                 )
                 for fact_id, rows in found.prompts.groupby("fact", sort=False):
                     session.memo[(round, next(f for f in batch if f.id == fact_id), kinds)] = rows

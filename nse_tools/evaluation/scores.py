@@ -15,6 +15,7 @@ from nse_tools.evaluation.continuations import Continuation, score_continuations
 from nse_tools.evaluation.prompt_states import PromptStates
 from nse_tools.facts import Fact
 from nse_tools.models import EditableModel
+from nse_tools.models.executors import Executor, in_batches, n_batches
 from nse_tools.tracing.prompts import lead_of
 
 REWRITE, PARAPHRASE, NEIGHBORHOOD, LOCALITY, PORTABILITY = "rewrite", "paraphrase", "neighborhood", "locality", "portability"
@@ -91,6 +92,7 @@ def score_facts(
     kinds: Sequence[str] = tuple(MEASURES),
     states: PromptStates | None = None,
     progress: bool = False,
+    executor: Executor | None = None,
 ) -> FactScores:
     """Test facts on all their prompts, under the weights of the moment.
 
@@ -113,6 +115,9 @@ def score_facts(
         Remembers the prompts up to the first edited layer for the next time the same facts are scored.
     progress : bool
         Show a progress bar.
+    executor : Executor, optional
+        Where batches of facts are tested, e.g. a cluster (:class:`nse_tools.scale.RayExecutor`); ``states`` is of this process
+        and not used there. Here, all facts together, by default.
 
     Raises
     ------
@@ -121,20 +126,37 @@ def score_facts(
     """
     if not len(facts):
         raise FactError("score_facts: there are no facts.")
-    asked = [entry for fact in facts for entry in _prompts(model, fact) if entry[1] in kinds]
-    pairs = [(prompt, target) for _, _, prompt, new, true in asked for target in (new, true) if target is not None]
-    found: dict[tuple[str, str | None], Continuation] = dict(
-        zip(pairs, score_continuations(model, pairs, states=states, progress=progress), strict=True)
-    )
-    frame = pd.DataFrame(
-        [_row(fact, kind, prompt, found.get((prompt, new)), found.get((prompt, true))) for fact, kind, prompt, new, true in asked]
-    )
+    if executor is None:
+        frame = _tested(model, facts, kinds, states, progress)
+    else:
+        shared, total = executor.share(tuple(kinds)), n_batches(facts, executor.batch_facts)
+        tasks = ((shared, batch) for batch in in_batches(facts, executor.batch_facts))
+        frame = pd.concat(executor.map(model, _test_job, tasks, label="scoring", total=total, progress=progress), ignore_index=True)
     if before is not None:
         reference = before.prompts.drop_duplicates(["fact", "kind", "prompt"]).set_index(["fact", "kind", "prompt"]).argmax
         known = reference.reindex(pd.MultiIndex.from_frame(frame[["fact", "kind", "prompt"]]))
         same = known.to_numpy() == frame.argmax.to_numpy()
         frame["agreement"] = np.where(known.isna().to_numpy(), np.nan, same.astype(float))
     return FactScores(frame)
+
+
+def _tested(
+    model: EditableModel, facts: Sequence[Fact], kinds: Sequence[str], states: PromptStates | None = None, progress: bool = False
+) -> pd.DataFrame:
+    """Return one row a fact and prompt."""
+    asked = [entry for fact in facts for entry in _prompts(model, fact) if entry[1] in kinds]
+    pairs = [(prompt, target) for _, _, prompt, new, true in asked for target in (new, true) if target is not None]
+    found: dict[tuple[str, str | None], Continuation] = dict(
+        zip(pairs, score_continuations(model, pairs, states=states, progress=progress), strict=True)
+    )
+    return pd.DataFrame(
+        [_row(fact, kind, prompt, found.get((prompt, new)), found.get((prompt, true))) for fact, kind, prompt, new, true in asked]
+    )
+
+
+def _test_job(model: EditableModel, kinds: tuple[str, ...], facts: Sequence[Fact]) -> pd.DataFrame:
+    """Test a batch of facts, on whatever machine."""
+    return _tested(model, facts, kinds)
 
 
 def harmonic_mean(values: Sequence[float]) -> float:

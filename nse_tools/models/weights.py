@@ -61,6 +61,10 @@ class OriginalWeights:
             raise ModelError(f"No original weight of layer {layer} is kept; layers kept: {sorted(self._kept)}.")
         return self._kept[layer]
 
+    def replace(self, kept: Mapping[int, Tensor]) -> None:
+        """Take other (d_model, d_ff) CPU weights for the originals of the layers they belong to, and keep no others."""
+        self._kept, self._hashes = dict(kept), None
+
     @property
     def layers(self) -> list[int]:
         """Layers whose originals are kept."""
@@ -162,11 +166,17 @@ def checksum_of(model: EditableModel) -> str:
     digest.update(repr((getattr(model.hf.config, "_attn_implementation", None), model.hf.training)).encode())
     for name, tensor in (*model.hf.named_parameters(), *model.hf.named_buffers()):
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape), tensor.device.type)).encode())
-        if tensor.numel():
-            words = _words(tensor.detach())
-            for dim in (0, 1):
-                digest.update(bytes_of(words.sum(dim, dtype=torch.int64)))
+        digest.update(sums_of(tensor))
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def sums_of(tensor: Tensor) -> bytes:
+    """Return row and column sums of a tensor's bits; they change with whatever is written into it."""
+    if not tensor.numel():
+        return b""
+    words = _words(tensor.detach())
+    return b"".join(bytes_of(words.sum(dim, dtype=torch.int64)) for dim in (0, 1))
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -76,3 +76,44 @@ def round_seconds(table: pd.DataFrame, title: str | None = None) -> go.Figure:
         )
     fig.update_yaxes(rangemode="tozero")
     return fig.update_layout(legend=UNDER)
+
+
+def cluster_scaling(table: pd.DataFrame, title: str | None = None) -> go.Figure:
+    """Draw the simulated speed-up by number of workers (means over seeds), beside the ideal.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Rows of ``benchmarks/cluster_simulation.py``: ``work``, ``case``, ``workers``, ``speed_up``, ``measured_s``, ….
+    title : str, optional
+        Instead of the finding.
+    """
+    means = scaling_table(table)
+    most = int(means.workers.max())
+    at_most = means[means.workers == most].speed_up
+    found = f"Simulated: {most} workers do between {at_most.min():.0f} and {at_most.max():.0f} times the work of one"
+    fig = figure(title or found, "workers", "speed-up over one worker", height=450)
+    workers = sorted(set(means.workers.tolist()))
+    fig.add_trace(go.Scatter(x=workers, y=workers, mode="lines", name="ideal", line={"color": "gray", "dash": "dot"}, hoverinfo="skip"))
+    for number, ((work, case), rows) in enumerate(means.groupby(["work", "case"], sort=False)):
+        look, name = style(number), f"{work}: {case}"
+        fig.add_trace(
+            go.Scatter(
+                x=rows.workers.tolist(),
+                y=rows.speed_up.tolist(),
+                mode="lines+markers",
+                name=plain(name),
+                line=look["line"],
+                marker=look["marker"] | {"size": 7},
+                hovertemplate=f"{plain(name)}, %{{x}} workers: %{{y:.1f}}×<extra></extra>",
+            )
+        )
+    fig.update_xaxes(type="log", tickvals=workers)
+    fig.update_yaxes(type="log", tickvals=workers)
+    return fig.update_layout(legend=UNDER)
+
+
+def scaling_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the means over seeds that are drawn: ``work``, ``case``, ``workers``, ``speed_up``; rows of what was measured are left out."""
+    simulated = table[table.measured_s.isna()]
+    return simulated.groupby(["work", "case", "workers"], sort=False, as_index=False)[["speed_up"]].mean()

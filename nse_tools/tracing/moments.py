@@ -6,9 +6,10 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import nnsight
@@ -22,13 +23,14 @@ from nse_tools._show import table_html
 from nse_tools.errors import SettingError
 from nse_tools.models import EditableModel
 from nse_tools.models.embedded import cache_folder
+from nse_tools.models.executors import Executor
 from nse_tools.models.storage import save_atomically
 from nse_tools.tracing.batches import batches, pad
 from nse_tools.tracing.corpus import Corpus, sample_corpus
 
 _log = logging.getLogger(__name__)
 _FORMAT = 2
-_CHUNKS = 8
+_CHUNKS, _JOBS = 8, 64
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def second_moments(
     seed: int = 0,
     cache: Path | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> SecondMoments:
     """Compute, or take from the cache, the second moments of keys over a corpus, under the original weights.
 
@@ -107,6 +110,10 @@ def second_moments(
         tokens (or of how they are sampled), so that a stale one is never used.
     progress : bool
         Show progress bars.
+    executor : Executor, optional
+        Where the corpus is run, e.g. a cluster (:class:`nse_tools.scale.RayExecutor`), in at most 64 jobs, whose sums are
+        added here in their order; here by default. Up to 64 batches of tokens (about 260 000 tokens) the result is the
+        same bit for bit; beyond, the float64 sum is taken in another order, the same with every executor.
 
     Returns
     -------
@@ -123,29 +130,69 @@ def second_moments(
     if (held := _read(file)) is not None:
         return held
     corpus = corpus or sample_corpus(model, n_tokens=n_tokens, seed=seed, progress=progress)
-    done = _accumulate(model, layers, corpus, file.with_suffix(".part"), progress)
+    done = _accumulate(model, layers, corpus, file.with_suffix(".part"), progress, executor)
     _write(file, done)
     with suppress(OSError):  # an unwritable cache has no checkpoint either
         file.with_suffix(".part").unlink()
     return done
 
 
-def _accumulate(model: EditableModel, layers: list[int], corpus: Corpus, checkpoint: Path, progress: bool) -> SecondMoments:
+def _accumulate(
+    model: EditableModel, layers: list[int], corpus: Corpus, checkpoint: Path, progress: bool, executor: Executor | None
+) -> SecondMoments:
     plan = list(batches([len(s) for s in corpus.sequences]))
     sums, start = _resume(checkpoint, layers, model.d_ff)
-    every = max(1, len(plan) // _CHUNKS)
+    every, saved = max(1, len(plan) // _CHUNKS), start
+    make = _in_turn(model, layers, corpus, plan, start) if executor is None else _on(executor, model, layers, corpus, plan, start)
     with model.original_weights(), tqdm(total=len(plan), initial=start, desc="key statistics", unit="batch", disable=not progress) as bar:
-        for number in range(start, len(plan)):
-            keys = _keys(model, layers, [corpus.sequences[r] for r in plan[number]])
-            for layer in layers:
-                sums[layer] += (keys[layer].T @ keys[layer]).double()
-            del keys
-            gc.collect()  # a trace leaves cycles behind that hold a whole batch's keys
-            bar.update()
-            if (number + 1) % every == 0 and number + 1 < len(plan):
-                _save({**{str(la): s for la, s in sums.items()}, "done": torch.tensor(number + 1)}, checkpoint, {})
+        for done, products in make:
+            for layer, product in products:
+                sums[layer] += product.double()
+            bar.update(done - bar.n)
+            if done // every > saved // every and done < len(plan):
+                saved = done
+                _save({**{str(la): s for la, s in sums.items()}, "done": torch.tensor(done)}, checkpoint, {})
     total = corpus.n_tokens
     return SecondMoments({layer: (s / total).float() for layer, s in sums.items()}, total, corpus.source)
+
+
+Products = Iterable[tuple[int, Tensor]]
+"""Layer and Σ k kᵀ, (d_ff, d_ff)."""
+
+
+def _in_turn(model: EditableModel, layers: list[int], corpus: Corpus, plan: list[list[int]], start: int) -> Iterator[tuple[int, Products]]:
+    """Yield, after each batch from ``start`` on, how many are done and the batch's products, one layer's at a time."""
+    for number in range(start, len(plan)):
+        yield number + 1, _products(model, layers, [corpus.sequences[r] for r in plan[number]])
+
+
+def _on(
+    executor: Executor, model: EditableModel, layers: list[int], corpus: Corpus, plan: list[list[int]], start: int
+) -> Iterator[tuple[int, Products]]:
+    """Yield, after each group of batches that was run as one job, how many batches are done and the sums of their products."""
+    n_jobs = min(_JOBS, len(plan))
+    edges = [len(plan) * i // n_jobs for i in range(n_jobs + 1)]
+    groups = [range(max(a, start), b) for a, b in pairwise(edges) if b > start]
+    shared = executor.share(layers)
+    tasks = ((shared, [[corpus.sequences[r] for r in plan[number]] for number in group]) for group in groups)
+    done = executor.map(model, _group_job, tasks, label="key statistics", total=len(groups))
+    for group, sums in zip(groups, done, strict=True):
+        yield group.stop, sums.items()
+
+
+def _group_job(model: EditableModel, layers: list[int], group: list[list[tuple[int, ...]]]) -> dict[int, Tensor]:
+    """Sum the products of a group of batches: in float64, but a single one as it is, which is half the size."""
+    sums: dict[int, Tensor] = {}
+    with model.original_weights():
+        for rows in group:
+            for layer, product in _products(model, layers, rows):
+                sums[layer] = sums[layer].double() + product.double() if layer in sums else product
+    return sums
+
+
+def _products(model: EditableModel, layers: list[int], rows: list[tuple[int, ...]]) -> Iterator[tuple[int, Tensor]]:
+    keys = _keys(model, layers, rows)
+    return ((layer, keys[layer].T @ keys[layer]) for layer in layers)
 
 
 @torch.no_grad()
@@ -153,6 +200,7 @@ def _keys(model: EditableModel, layers: list[int], rows: list[tuple[int, ...]]) 
     tokens = pad(rows, model.pad_id, model.device)
     counted = tokens.mask.bool()
     counted[:, 0] = False
+    gc.collect()  # a trace leaves cycles behind that hold a whole batch's keys
     base = model.lm.get(model.hf.base_model_prefix)
     with model.running(), base.trace(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False) as tracer:
         seen = {}
