@@ -11,11 +11,12 @@ from torch import Tensor
 from nse_tools.editing.guards import all_or_nothing, check_moments
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.method import Method
-from nse_tools.editing.past import Past
+from nse_tools.editing.past import Past, masters_after
 from nse_tools.editing.rounds import EditRound
 from nse_tools.editing.solvers import PreservedMoments
 from nse_tools.editing.turns import Turn
 from nse_tools.editing.value_cache import ValueCache
+from nse_tools.editing.writing import Writer
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
 from nse_tools.models.interrupts import uninterrupted
@@ -43,6 +44,7 @@ class SessionState:
     _past: Past
     _history: KeyHistory
     _bases: tuple[Method, dict[int, PreservedMoments]] | None
+    _masters: tuple[tuple[EditRound, ...], dict[int, Tensor]] | None = None
     _turn: Turn
 
     # ---- recorded inputs ---------------------------------------------------------------------------------------------
@@ -102,6 +104,19 @@ class SessionState:
     # ---- change ------------------------------------------------------------------------------------------------------
     def _originals(self) -> dict[int, Tensor]:
         return {layer: self.model.originals[layer] for layer in self.method.layers}
+
+    def _writer(self, upto: int | None = None) -> Writer:
+        """Return what writes the updates of the round after ``upto`` (after the last, by default)."""
+        rounds = self.rounds[:upto]
+        masters = self._masters_after(rounds) if self.method.rounding == "master" else None
+        return Writer(self.model, self.method.rounding, seed=self.seed, number=len(rounds) + 1, masters=masters)
+
+    def _masters_after(self, rounds: tuple[EditRound, ...]) -> dict[int, Tensor]:
+        """Return the master copies of the edited weights after some rounds; those of the last edit are at hand."""
+        held = self._masters
+        if held is not None and len(held[0]) == len(rounds) and all(a is b for a, b in zip(held[0], rounds, strict=True)):
+            return held[1]
+        return masters_after(self._originals(), rounds)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:

@@ -78,8 +78,12 @@ class TimeTravel(SessionState):
         """
         ahead = self._past.forward_to(len(self) + 1 if to is None else to)
         self._check_untouched()
-        now = {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}
-        self._move(ahead, self._made_again(now, ahead.rounds[len(self) :]), kept=len(self))
+        if self.method.rounding == "master":  # what the master copies hold cannot be told from the rounded weights
+            weights = self._made_again(self._originals(), ahead.rounds)
+        else:
+            now = {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}
+            weights = self._made_again(now, ahead.rounds[len(self) :])
+        self._move(ahead, weights, kept=len(self))
         return ahead.rounds[-1]
 
     @contextmanager
@@ -239,9 +243,9 @@ class TimeTravel(SessionState):
         self._forget_results_after(round - 1)
         with self._all_or_nothing():
             write_weights(self.model, weights)
-            done = [*self.rounds[: round - 1]]
+            done, writer = [*self.rounds[: round - 1]], self._writer(round - 1)
             for record in later:
-                done.append(reapply(self.model, record, len(done) + 1, self.method.layers, self.contexts, why))
+                done.append(reapply(writer, record, len(done) + 1, self.method.layers, self.contexts, why))
             self._commit(self._past.with_rounds(done))
         return dropped
 
@@ -276,7 +280,7 @@ class TimeTravel(SessionState):
         same_state = other.past.digest_after(round - 1) == self._past.digest
         why = "" if same_state else f"taken over from round {round} of {other.name!r}, for whose weights it was solved"
         with self._all_or_nothing():
-            done = reapply(self.model, picked, len(self) + 1, self.method.layers, self.contexts, why)
+            done = reapply(self._writer(), picked, len(self) + 1, self.method.layers, self.contexts, why)
             self._commit(self._past.with_rounds([*self.rounds, done]))
         return done
 
@@ -309,7 +313,7 @@ class TimeTravel(SessionState):
         """
         live = {layer: self.model.weight(layer) for layer in self.method.layers}
         held_by = None if self._turn.holder is self else self._turn.holder.name
-        return verify_past(self._past, self._originals(), live, held_by)
+        return verify_past(self._past, self._originals(), live, held_by, self.method.rounding)
 
     # ---- by which it is done -----------------------------------------------------------------------------------------
     def _check_untouched(self) -> None:
@@ -318,7 +322,7 @@ class TimeTravel(SessionState):
 
     def _made_again(self, start: dict[int, Tensor], rounds: Sequence[EditRound]) -> dict[int, Tensor]:
         """Return the weights after some rounds, on those before them, compared with the last round's digest."""
-        weights = next(islice(replay(start, rounds), len(rounds), None))
+        weights = next(islice(replay(start, rounds, self.method.rounding), len(rounds), None))
         return self._as_recorded(weights, rounds[-1].number, rounds[-1].digest)
 
     def _as_recorded(self, weights: dict[int, Tensor], round: int, digest: str) -> dict[int, Tensor]:

@@ -18,8 +18,8 @@ from nse_tools.storage.identity import ModelIdentity, MomentsIdentity
 from nse_tools.storage.rounds import MALFORMED, from_json, to_json
 from nse_tools.tracing.contexts import Contexts
 
-FORMAT = 1
-"""Version of the layout on disk; a higher one is refused."""
+FORMAT = 2
+"""Version of the layout on disk; a higher one is refused. 2: how updates were rounded (1, without it, is read as ever)."""
 MANIFEST, PREVIOUS = "session.json", "session.previous.json"
 _FOLDER = re.compile(r"\d{4,9}-[0-9a-f]{16}")
 OWN_FILE = re.compile(r"(scores\.csv|rounds\.csv|moments-[0-9a-f]{16}\.safetensors)")

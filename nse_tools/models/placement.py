@@ -1,0 +1,171 @@
+"""Where a model's tensors really are: on several devices, offloaded by accelerate's hooks, or quantised; and how to read and pin them.
+
+A down projection can be edited only where its weight is an ordinary floating-point matrix that stays in memory. One that is
+offloaded is brought to the device it runs on and stays there; one that is quantised is dequantised to the dtype that the model
+computes in. All other tensors stay where and what they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nse_tools.errors import MissingPackageError, ModelError
+
+_log = logging.getLogger(__name__)
+_ORDINARY = (Tensor, nn.Parameter, nn.Buffer)
+
+
+# ---- offloaded by accelerate -----------------------------------------------------------------------------------------
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Return accelerate's hooks on a module, which move its inputs and bring its weights (:mod:`accelerate.hooks`)."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def runs_on(module: nn.Module) -> torch.device:
+    """Return the device that a module's inputs go to: its hook's, else that of its first parameter."""
+    for hook in hooks_of(module):
+        if (device := getattr(hook, "execution_device", None)) is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Say whether a module's own tensors are not in memory between forwards."""
+    return any(p.device.type == "meta" for p in module.parameters(recurse=False))
+
+
+def _held_by_hook(module: nn.Module, name: str) -> Tensor | None:
+    """Return the tensor that an offload hook on the module keeps for it."""
+    for hook in hooks_of(module):
+        held = getattr(hook, "weights_map", None)
+        if held is not None and getattr(hook, "offload", False):
+            try:
+                return torch.as_tensor(held[name])
+            except KeyError:
+                continue
+    return None
+
+
+# ---- quantised -------------------------------------------------------------------------------------------------------
+def is_quantised(weight: Tensor) -> bool:
+    """Say whether a weight is not an ordinary floating-point matrix: packed, of whole numbers, or of a quantising library's own class."""
+    return not weight.is_floating_point() or type(weight) not in _ORDINARY or type(weight.data) is not Tensor
+
+
+def dequantised(module: nn.Module) -> Tensor:
+    """Return a projection's weight as an ordinary floating-point matrix, (d_out, d_in), whatever its library keeps.
+
+    bitsandbytes (8 and 4 bit) is asked through transformers; torchao's and quanto's tensors have a ``dequantize`` of their own.
+
+    Raises
+    ------
+    MissingPackageError
+        If the library that made the weight cannot be imported here.
+    ModelError
+        If nothing is known that could dequantise it.
+    """
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"{type(module).__name__} keeps its weight as {type(weight).__name__}, which cannot be dequantised.")
+    kind = type(weight).__name__
+    if kind in ("Params4bit", "Int8Params"):
+        try:
+            from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+        except ImportError as missing:
+            raise MissingPackageError(f"To dequantise a weight of bitsandbytes it must be installed: pip install bitsandbytes ({missing}).") from missing
+        return dequantize_bnb_weight(weight, getattr(module, "state", None)).detach()
+    # every torch tensor has the method; those of quantising libraries bring their own
+    if type(weight) not in _ORDINARY or type(weight.data) is not Tensor:
+        held = weight.data if type(weight.data) is not Tensor else weight
+        found = held.dequantize()
+        if found.is_floating_point() and type(found) in _ORDINARY:
+            return found.detach()
+    raise ModelError(
+        f"{type(module).__name__} keeps its weight as {kind} of {weight.dtype}, and nothing is known that dequantises it. Load the model "
+        "unquantised, with torchao or bitsandbytes, or from a .gguf file through nse.load_model, which unpacks it."
+    )
+
+
+# ---- any of them as an ordinary tensor -------------------------------------------------------------------------------
+def stored(module: nn.Module, name: str) -> Tensor:
+    """Return a module's own parameter or buffer as an ordinary tensor in memory, wherever it is kept; nothing is changed.
+
+    Raises
+    ------
+    ModelError
+        If it is on the meta device and no offload hook has it.
+    """
+    tensor: Tensor = getattr(module, name)
+    if tensor.device.type == "meta":
+        held = _held_by_hook(module, name)
+        if held is None:
+            raise ModelError(f"{name!r} of {type(module).__name__} has no storage: it is on the meta device, and no offload hook has it.")
+        return held.detach()
+    if name == "weight" and isinstance(module, nn.Linear) and is_quantised(tensor):
+        return dequantised(module)
+    plain = tensor.data
+    return plain if type(plain) is Tensor else plain.dequantize()
+
+
+def tensors_of(root: nn.Module, *, buffers: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter (and buffer) under its name, tied ones once, each read when its turn comes (:func:`stored`)."""
+    tied = set(getattr(root, "all_tied_weights_keys", None) or {})  # offloaded, they are no longer the same object
+    for path, _ in [*root.named_parameters(), *(root.named_buffers() if buffers else ())]:
+        if path not in tied:
+            place, _, name = path.rpartition(".")
+            yield path, stored(root.get_submodule(place), name)
+
+
+# ---- pinning ---------------------------------------------------------------------------------------------------------
+def kept_in_memory(down: nn.Module, dtype: torch.dtype, where: str) -> nn.Module:
+    """Return a projection whose weight can be edited: itself, its offloaded tensors brought to memory for good, or a plain one.
+
+    Parameters
+    ----------
+    down : Module
+        The projection.
+    dtype : torch.dtype
+        What a quantised weight is dequantised to.
+    where : str
+        The layer and the model, for messages.
+
+    Raises
+    ------
+    ModelError
+        If its weight is offloaded in a way that cannot be undone, or quantised by an unknown library.
+    """
+    if is_offloaded(down):
+        _bring(down, where)
+    if not is_quantised(down.weight):  # type: ignore[arg-type]
+        return down
+    weight, bias = dequantised(down).to(dtype), down.bias
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)  # type: ignore[operator]
+    _log.info("%s: its down projection was dequantised to %s", where, dtype)
+    return plain.eval()
+
+
+def _bring(down: nn.Module, where: str) -> None:
+    """Put a projection's offloaded tensors on the device it runs on, and let its hook move inputs only from now on."""
+    names = [name for name, p in down.named_parameters(recurse=False) if p.device.type == "meta"]
+    held = {name: _held_by_hook(down, name) for name in names}
+    if missing := [name for name, value in held.items() if value is None]:
+        raise ModelError(
+            f"{where}: its down projection has no {' and '.join(missing)} in memory, nor a hook that could bring it. "
+            "Edited layers must stay in memory: load the model with a device_map that puts this layer on a device, or edit other layers."
+        )
+    device = runs_on(down)
+    for name, value in held.items():
+        if value is not None:
+            setattr(down, name, nn.Parameter(value.to(device, copy=True), requires_grad=False))
+    for hook in hooks_of(down):
+        hook.offload = False
+    _log.info("%s: its down projection was offloaded and now stays on %s", where, device)
