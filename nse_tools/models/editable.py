@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nse_tools.errors import ModelError
 from nse_tools.models.architecture import Architecture, find_architecture, stores_transposed, submodule
 from nse_tools.models.kernels import fast_products
-from nse_tools.models.placement import is_offloaded, is_quantised, kept_in_memory, runs_on, stored
+from nse_tools.models.placement import bring, is_offloaded, is_quantised, kept_in_memory, left_in_place, runs_on, stored
 from nse_tools.models.rounding import tolerance
 from nse_tools.models.weights import OriginalWeights
 from nse_tools.models.words import Encoding, encode
@@ -62,7 +62,10 @@ class EditableModel:
         self._norm = submodule(hf, self.architecture.norm)
         self._head = submodule(hf, self.architecture.unembedding)
         side = tokenizer.padding_side
-        self.lm = TransformersModel(hf, task="text-generation", tokenizer=tokenizer)
+        # inputs are sent to where the first parameter is
+        bring(hf.get_input_embeddings(), f"{self.name}: its input embedding")
+        with left_in_place(hf):
+            self.lm = TransformersModel(hf, task="text-generation", tokenizer=tokenizer)
         tokenizer.padding_side = side  # wrapping flips the user's tokenizer to left padding
         self.originals = OriginalWeights(self)
         self._check()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,11 +29,27 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 
 def runs_on(module: nn.Module) -> torch.device:
-    """Return the device that a module's inputs go to: its hook's, else that of its first parameter."""
-    for hook in hooks_of(module):
-        if (device := getattr(hook, "execution_device", None)) is not None:
-            return torch.device(device)
-    return next(module.parameters()).device
+    """Return the device that a module's inputs go to: that of the first hook in it, else that of its first parameter."""
+    for part in module.modules():
+        for hook in hooks_of(part):
+            if (device := getattr(hook, "execution_device", None)) is not None:
+                return torch.device(device)
+        for parameter in part.parameters(recurse=False):
+            return parameter.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def left_in_place(root: nn.Module) -> Iterator[None]:
+    """Keep transformers' pipelines, inside a ``with`` block, from moving a model that hooks have placed (it then has a device map)."""
+    placed = any(hooks_of(module) for module in root.modules()) and getattr(root, "hf_device_map", None) is None
+    if placed:
+        root.hf_device_map = {"": str(runs_on(root))}  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if placed:
+            del root.hf_device_map
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -78,7 +95,9 @@ def dequantised(module: nn.Module) -> Tensor:
         try:
             from transformers.integrations.bitsandbytes import dequantize_bnb_weight
         except ImportError as missing:
-            raise MissingPackageError(f"To dequantise a weight of bitsandbytes it must be installed: pip install bitsandbytes ({missing}).") from missing
+            raise MissingPackageError(
+                f"To dequantise bitsandbytes' weights, install it: pip install bitsandbytes ({missing})."
+            ) from missing
         return dequantize_bnb_weight(weight, getattr(module, "state", None)).detach()
     # every torch tensor has the method; those of quantising libraries bring their own
     if type(weight) not in _ORDINARY or type(weight.data) is not Tensor:
@@ -115,11 +134,12 @@ def stored(module: nn.Module, name: str) -> Tensor:
 
 def tensors_of(root: nn.Module, *, buffers: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter (and buffer) under its name, tied ones once, each read when its turn comes (:func:`stored`)."""
-    tied = set(getattr(root, "all_tied_weights_keys", None) or {})  # offloaded, they are no longer the same object
-    for path, _ in [*root.named_parameters(), *(root.named_buffers() if buffers else ())]:
-        if path not in tied:
-            place, _, name = path.rpartition(".")
-            yield path, stored(root.get_submodule(place), name)
+    tied = set(getattr(root, "all_tied_weights_keys", None) or {})
+    for path, tensor in [*root.named_parameters(), *(root.named_buffers() if buffers else ())]:
+        if path in tied and tensor.device.type == "meta":  # offloaded, the two are no longer the same object
+            continue
+        place, _, name = path.rpartition(".")
+        yield path, stored(root.get_submodule(place), name)
 
 
 # ---- pinning ---------------------------------------------------------------------------------------------------------
@@ -140,8 +160,7 @@ def kept_in_memory(down: nn.Module, dtype: torch.dtype, where: str) -> nn.Module
     ModelError
         If its weight is offloaded in a way that cannot be undone, or quantised by an unknown library.
     """
-    if is_offloaded(down):
-        _bring(down, where)
+    bring(down, f"{where}: its down projection")
     if not is_quantised(down.weight):  # type: ignore[arg-type]
         return down
     weight, bias = dequantised(down).to(dtype), down.bias
@@ -153,19 +172,27 @@ def kept_in_memory(down: nn.Module, dtype: torch.dtype, where: str) -> nn.Module
     return plain.eval()
 
 
-def _bring(down: nn.Module, where: str) -> None:
-    """Put a projection's offloaded tensors on the device it runs on, and let its hook move inputs only from now on."""
-    names = [name for name, p in down.named_parameters(recurse=False) if p.device.type == "meta"]
-    held = {name: _held_by_hook(down, name) for name in names}
+def bring(module: nn.Module, what: str) -> None:
+    """Put a module's offloaded tensors on the device it runs on, and let its hook move inputs only from now on.
+
+    Raises
+    ------
+    ModelError
+        If no hook has them.
+    """
+    names = [name for name, p in module.named_parameters(recurse=False) if p.device.type == "meta"]
+    if not names:
+        return
+    held = {name: _held_by_hook(module, name) for name in names}
     if missing := [name for name, value in held.items() if value is None]:
         raise ModelError(
-            f"{where}: its down projection has no {' and '.join(missing)} in memory, nor a hook that could bring it. "
-            "Edited layers must stay in memory: load the model with a device_map that puts this layer on a device, or edit other layers."
+            f"{what} has no {' and '.join(missing)} in memory, nor a hook that could bring it. Edited layers must stay in memory: load the "
+            "model with a device_map that puts this layer on a device, or edit other layers."
         )
-    device = runs_on(down)
+    device = runs_on(module)
     for name, value in held.items():
         if value is not None:
-            setattr(down, name, nn.Parameter(value.to(device, copy=True), requires_grad=False))
-    for hook in hooks_of(down):
+            setattr(module, name, nn.Parameter(value.to(device, copy=True), requires_grad=False))
+    for hook in hooks_of(module):
         hook.offload = False
-    _log.info("%s: its down projection was offloaded and now stays on %s", where, device)
+    _log.info("%s was offloaded and now stays on %s", what, device)

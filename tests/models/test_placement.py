@@ -11,10 +11,11 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
 
 from kept_small import load, many_facts, session_of, weights_of
-from models_small import CONTEXTS, build, build_hf, moments_for, tokenizer
+from models_small import CONTEXTS, NAMES, build, build_hf, moments_for, tokenizer
 from nse_tools import load_model
 from nse_tools.editing import EditSession, Method, ValueCache, compute_values
 from nse_tools.errors import ModelError
+from nse_tools.evaluation import perplexity
 from nse_tools.models import EditableModel
 from nse_tools.models.placement import is_offloaded, stored, tensors_of
 from nse_tools.tracing import Corpus, second_moments
@@ -63,10 +64,10 @@ def session_on(model: EditableModel, method: Method = METHOD, **options: object)
 def test_offloaded_models_are_edited_as_those_in_memory(way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain, model = build(), offloaded(way, tmp_path)
     assert model.device == torch.device("cpu")
-    assert model.fingerprint() == plain.fingerprint()
+    assert model.originals.parameters_digest() == plain.originals.parameters_digest()
     assert torch.equal(model.weight(2), plain.weight(2))  # read from where it is kept
     assert is_offloaded(model.down(2))
-    expected, session = session_on(plain), None
+    expected = session_on(plain)
     with caplog.at_level(logging.INFO):
         session = session_on(model)
     assert "Layer 2 of" in caplog.text
@@ -77,7 +78,7 @@ def test_offloaded_models_are_edited_as_those_in_memory(way: str, tmp_path: Path
     for batch in FACTS.rounds(of=2):
         assert session.edit(batch).digest == expected.edit(batch).digest
     assert session.verify().ok
-    assert model.fingerprint() == plain.fingerprint()  # that of the unedited model
+    assert model.originals.parameters_digest() == plain.originals.parameters_digest()  # that of the unedited model
     prompt = FACTS[0].text
     assert model.next_tokens(prompt).equals(plain.next_tokens(prompt))
     assert session.scores(with_perplexity=False).equals(expected.scores(with_perplexity=False))
@@ -88,7 +89,7 @@ def test_offloaded_models_are_edited_as_those_in_memory(way: str, tmp_path: Path
 @pytest.mark.parametrize("way", ["disk_offload", "dispatch"])
 def test_gpt2_whose_weights_lie_the_other_way(way: str, tmp_path: Path) -> None:
     plain, model = build("gpt2"), offloaded(way, tmp_path, "gpt2")
-    assert model.fingerprint() == plain.fingerprint()
+    assert model.originals.parameters_digest() == plain.originals.parameters_digest()
     assert session_on(model).edit(FACTS[:2]).digest == session_on(plain).edit(FACTS[:2]).digest
 
 
@@ -137,6 +138,14 @@ def test_arguments_of_loading(tmp_path: Path) -> None:
         load_model(tmp_path, device="cpu", device_map="auto")
     with pytest.raises(ModelError, match="device_map: only while loading"):
         load_model(tight.hf, tokenizer(), device_map="auto")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_parameters_of_a_model_in_memory_count(name: str) -> None:
+    """What fingerprints are made of is what it was before models could be elsewhere."""
+    hf = build_hf(name, vocab=len(tokenizer()))
+    assert [n for n, _ in tensors_of(hf)] == [n for n, _ in hf.named_parameters()]
+    assert all(torch.equal(t, p) for (_, t), p in zip(tensors_of(hf), hf.parameters(), strict=True))
 
 
 def test_reading_tensors_where_they_are(tmp_path: Path) -> None:
@@ -198,8 +207,6 @@ def test_a_model_on_two_devices(name: str, layers: tuple[int, ...]) -> None:
 
 
 def test_fine_tuning_statistics_and_perplexity_on_two_devices(tmp_path: Path) -> None:
-    from nse_tools.evaluation import perplexity
-
     method = Method("ft", (1,), solver="gradient", passes=1, ft_num_steps=3, ft_lr=1e-2)
     text = Corpus(tuple(tuple(range(5 + i, 30 + i)) for i in range(40)), "numbers")
     plain = build()
