@@ -41,6 +41,9 @@ class Placed(Tensor):
     def tolist(self) -> Any:
         return self.held.tolist()
 
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
+
     def numpy(self, **_: Any) -> Any:
         raise TypeError(f"can't convert {self.device} device type tensor to numpy")
 

@@ -100,7 +100,7 @@ class EditableModel:
     @property
     def devices(self) -> tuple[torch.device, ...]:
         """The devices that the embedding, the layers and the unembedding run on, each once, in the order of the model."""
-        places = [self.device, *(runs_on(layer) for layer in self._layers), self.logits_device]  # type: ignore[union-attr]
+        places = [self.device, *(runs_on(self.layer(i)) for i in range(self.n_layers)), self.logits_device]
         return tuple(dict.fromkeys(places))
 
     @property

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from nse_tools.errors import MissingPackageError, ModelError
 
 _log = logging.getLogger(__name__)
-_ORDINARY = (Tensor, nn.Parameter, nn.Buffer)
 
 
 # ---- offloaded by accelerate -----------------------------------------------------------------------------------------
@@ -72,7 +71,12 @@ def _held_by_hook(module: nn.Module, name: str) -> Tensor | None:
 # ---- quantised -------------------------------------------------------------------------------------------------------
 def is_quantised(weight: Tensor) -> bool:
     """Say whether a weight is not an ordinary floating-point matrix: packed, of whole numbers, or of a quantising library's own class."""
-    return not weight.is_floating_point() or type(weight) not in _ORDINARY or type(weight.data) is not Tensor
+    return not weight.is_floating_point() or _unpacks_itself(weight) or _unpacks_itself(weight.data)
+
+
+def _unpacks_itself(tensor: Tensor) -> bool:
+    """Say whether a tensor's class brings a ``dequantize`` of its own; every torch tensor has one."""
+    return type(tensor).dequantize is not Tensor.dequantize
 
 
 def dequantised(module: nn.Module) -> Tensor:
@@ -99,11 +103,8 @@ def dequantised(module: nn.Module) -> Tensor:
                 f"To dequantise bitsandbytes' weights, install it: pip install bitsandbytes ({missing})."
             ) from missing
         return dequantize_bnb_weight(weight, getattr(module, "state", None)).detach()
-    # every torch tensor has the method; those of quantising libraries bring their own
-    if type(weight) not in _ORDINARY or type(weight.data) is not Tensor:
-        held = weight.data if type(weight.data) is not Tensor else weight
-        found = held.dequantize()
-        if found.is_floating_point() and type(found) in _ORDINARY:
+    for held in (weight.data, weight):
+        if _unpacks_itself(held) and not is_quantised(found := held.dequantize()):
             return found.detach()
     raise ModelError(
         f"{type(module).__name__} keeps its weight as {kind} of {weight.dtype}, and nothing is known that dequantises it. Load the model "
@@ -129,7 +130,7 @@ def stored(module: nn.Module, name: str) -> Tensor:
     if name == "weight" and isinstance(module, nn.Linear) and is_quantised(tensor):
         return dequantised(module)
     plain = tensor.data
-    return plain if type(plain) is Tensor else plain.dequantize()
+    return plain.dequantize() if _unpacks_itself(plain) else plain
 
 
 def tensors_of(root: nn.Module, *, buffers: bool = False) -> Iterator[tuple[str, Tensor]]:
