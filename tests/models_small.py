@@ -87,10 +87,12 @@ CONFIGS = {
 NAMES = list(CONFIGS)
 
 
-def build_hf(name: str, *, vocab: int, seed: int = 1, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
-    """Build a random model; norms and biases are random too, so that leaving one out shows."""
+def build_hf(
+    name: str, *, vocab: int, seed: int = 1, dtype: torch.dtype = torch.float32, attention: str | None = None, **sizes: int
+) -> PreTrainedModel:
+    """Build a random model, of other sizes where they are given; norms and biases are random too, so that leaving one out shows."""
     make, settings = CONFIGS[name]
-    config = make(vocab_size=vocab, bos_token_id=1, eos_token_id=0, pad_token_id=0, **settings)
+    config = make(vocab_size=vocab, bos_token_id=1, eos_token_id=0, pad_token_id=0, **settings | sizes)
     torch.manual_seed(seed)
     more = {"attn_implementation": attention} if attention else {}
     hf = tf.AutoModelForCausalLM.from_config(config, **more)

@@ -21,6 +21,7 @@ from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.updating import Stopwatch, Written
 from nse_tools.editing.value_search import MEMORY_BUDGET, tokens_within
 from nse_tools.editing.values import TargetValues
+from nse_tools.editing.writing import Writer
 from nse_tools.errors import EditError
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
@@ -37,6 +38,7 @@ def fine_tune(
     facts: FactList,
     contexts: Contexts,
     *,
+    writer: Writer | None = None,
     watch: Stopwatch | None = None,
     progress: bool = False,
 ) -> tuple[TargetValues, Written]:
@@ -58,6 +60,8 @@ def fine_tune(
         The facts.
     contexts : Contexts
         The contexts of the keys that are recorded, for looking at only.
+    writer : Writer, optional
+        What adds the updates to the weights; by default one for this round, as ``method.rounding`` says.
     watch : Stopwatch, optional
         Counts seconds spent on states, keys, solving (the descent) and applying.
     progress : bool
@@ -75,7 +79,7 @@ def fine_tune(
     EditError
         If a fact's loss is not finite; names fact and step.
     """
-    watch, layer = watch or Stopwatch(), method.last_layer
+    watch, writer, layer = watch or Stopwatch(), writer or Writer(model, method.rounding), method.last_layer
     model.originals.keep([layer])
     with watch.time("states"):
         states = FactStates.record(model, facts, contexts, layer, layer)
@@ -88,7 +92,7 @@ def fine_tune(
     with watch.time("apply"):
         update = _update(found.change, keys)
         check_update(update, model.weight(layer), method, "fine-tuning")
-        update.apply(model)
+        update = writer.write(update, keys)
     with watch.time("states"):
         reached = states.hidden(layer)
         check_residuals(reached, facts.ids, layer, "after fine-tuning")
@@ -149,24 +153,24 @@ class _Prompts:
         self.model, self.layer, self.facts = model, layer, list(facts)
         tokens = pad([r.ids[:-1] for r in rows], model.pad_id, model.device)  # the last target token is predicted, never read
         self.entering, self.calls = record_calls(model, tokens.ids, tokens.mask, range(layer, model.n_layers))
-        self.subject = torch.tensor([r.position for r in rows], device=self.entering.device)
+        self.subject = torch.tensor([r.position for r in rows])
         entries = [
             (number, row.target_start - 1 + i, token, 1 / len(row.target_ids))
             for number, row in enumerate(rows)
             for i, token in enumerate(row.target_ids)
         ]
-        self.row, self.place, self.token = (torch.tensor([e[i] for e in entries], device=self.entering.device) for i in range(3))
-        self.share = torch.tensor([e[3] for e in entries], device=self.entering.device)
+        self.row, self.place, self.token = (torch.tensor([e[i] for e in entries], device=model.logits_device) for i in range(3))
+        self.share = torch.tensor([e[3] for e in entries], device=model.logits_device)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Return each row's −log p(target)/|target| and its h^l at the subject's last token, under the weights of the moment."""
         state = written = run_layer(self.model, self.layer, self.calls[self.layer], self.entering)
         for index in range(self.layer + 1, self.model.n_layers):
             state = run_layer(self.model, index, self.calls[index], state)
-        logp = self.model.unembed(state[self.row, self.place]).float().log_softmax(-1)
+        logp = self.model.unembed(state[self.row.to(state.device), self.place.to(state.device)]).float().log_softmax(-1)
         picked = logp.gather(1, self.token[:, None])[:, 0]
         nll = torch.zeros(len(self.facts), device=logp.device).index_add(0, self.row, -picked * self.share)
-        return nll, written.detach()[torch.arange(len(self.facts), device=written.device), self.subject]
+        return nll, written.detach()[torch.arange(len(self.facts), device=written.device), self.subject.to(written.device)]
 
 
 def _evaluate(model: EditableModel, layer: int, parts: Sequence[_Prompts], n_facts: int) -> tuple[Tensor, Tensor, Tensor]:

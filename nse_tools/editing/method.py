@@ -20,6 +20,7 @@ Solver = Literal["least_squares", "null_space", "rank_one", "gradient"]
 Score = Literal["key", "key_by_moment", "key_by_column"]
 Spread = Literal["even", "ends"]
 Multiplier = Literal["none", "null_space", "off_top"]
+Rounding = Literal["nearest", "stochastic", "master"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,10 @@ class Method:
         The preset the settings started from; a session refuses a model of another shape.
     max_update_norm : float
         An update of a layer is refused where ‖ΔW‖ is more than this many times ‖W‖; infinite: none is.
+    rounding : {"nearest", "stochastic", "master"}
+        How W + ΔW is rounded to the weights' dtype: to the nearest; up or down by chance, so that the mean is right
+        (seeded, and recorded with each update); or from a wider master copy of the edited weights (float32 for half
+        precision, else float64) that ΔW is added to, so that losses do not add up.
 
     Raises
     ------
@@ -156,6 +161,7 @@ class Method:
     max_condition: float = 1e14
     preset: str | None = None
     max_update_norm: float = 100.0
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isprintable() or not self.name.strip():
@@ -269,6 +275,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 _SWITCHES = {"v_stop_at_argmax", "norm_anchor", "neuron_score", "spread", "ridge", "solver", "multiplier", "keep_share", "compress"}
+_SWITCHES |= {"rounding"}
 _CHOICES = {name: get_args(hint) for name, hint in get_type_hints(Method).items() if get_args(hint) and isinstance(get_args(hint)[0], str)}
 _RANGES: dict[str, tuple[float, float, str]] = {
     "v_lr": (1e-12, math.inf, "a learning rate above 0"),

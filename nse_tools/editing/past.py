@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from nse_tools.editing.method import Rounding
 from nse_tools.editing.round_list import HeldRound, Rounds
 from nse_tools.editing.rounds import EditRound
+from nse_tools.editing.writing import narrowed, widened
 from nse_tools.errors import SettingError
 from nse_tools.facts import FactList
 
@@ -131,7 +133,7 @@ class Checkpoint:
     weights: Mapping[int, Tensor] = field(repr=False)
 
 
-def replay(originals: Mapping[int, Tensor], rounds: Iterable[EditRound]) -> Iterator[dict[int, Tensor]]:
+def replay(originals: Mapping[int, Tensor], rounds: Iterable[EditRound], rounding: Rounding = "nearest") -> Iterator[dict[int, Tensor]]:
     """Yield the weights before all rounds and after each: originals plus the recorded updates, in their order.
 
     Parameters
@@ -140,13 +142,28 @@ def replay(originals: Mapping[int, Tensor], rounds: Iterable[EditRound]) -> Iter
         Layer → W₀, (d_model, d_ff), on CPU; not changed.
     rounds : iterable of EditRound
         The rounds.
+    rounding : {"nearest", "stochastic", "master"}
+        How they were written. With ``"master"``, the weights before all of them must be the unedited ones.
 
     Yields
     ------
     dict of int to Tensor
-        Layer → (d_model, d_ff). The same tensors each time: copy what is to be kept.
+        Layer → (d_model, d_ff). Possibly the same tensors each time: copy what is to be kept.
     """
-    weights = {layer: weight.clone() for layer, weight in originals.items()}
+    if rounding == "master":
+        yield from (narrowed(masters, originals) for masters in _added(widened(originals), rounds))
+    else:
+        yield from _added({layer: weight.clone() for layer, weight in originals.items()}, rounds)
+
+
+def masters_after(originals: Mapping[int, Tensor], rounds: Iterable[EditRound]) -> dict[int, Tensor]:
+    """Return the master copies of the weights after some rounds, layer → (d_model, d_ff), on CPU."""
+    *_, masters = _added(widened(originals), rounds)
+    return masters
+
+
+def _added(weights: dict[int, Tensor], rounds: Iterable[EditRound]) -> Iterator[dict[int, Tensor]]:
+    """Yield weights before some rounds and after each, which are added in place."""
     yield weights
     for done in rounds:
         for update in done.updates:
@@ -160,7 +177,7 @@ def same_updates(one: EditRound, other: EditRound) -> bool:
         return True
     pairs = list(zip(one.updates, other.updates, strict=False))
     return len(one.updates) == len(other.updates) == len(pairs) and all(
-        a.layer == b.layer
+        (a.layer, a.seed) == (b.layer, b.seed)
         and all(torch.equal(x, y) for x, y in ((a.indices, b.indices), (a.left, b.left), (a.right, b.right)))
         and ((a.kept is None) == (b.kept is None))
         and (a.kept is None or b.kept is None or torch.equal(a.kept, b.kept))

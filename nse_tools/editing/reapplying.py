@@ -7,23 +7,23 @@ from dataclasses import replace
 
 from nse_tools.editing.keys import FactStates
 from nse_tools.editing.rounds import EditRound
+from nse_tools.editing.writing import Writer
 from nse_tools.errors import SettingError
-from nse_tools.models import EditableModel
 from nse_tools.models.weights import digest_of
 from nse_tools.tracing.contexts import Contexts
 
 
-def reapply(model: EditableModel, done: EditRound, number: int, layers: Sequence[int], contexts: Contexts, why: str) -> EditRound:
+def reapply(writer: Writer, done: EditRound, number: int, layers: Sequence[int], contexts: Contexts, why: str) -> EditRound:
     """Add a round's recorded updates to the weights of the moment; return a record that says so.
 
     ΔW is taken as it was solved for, under other weights and other old keys: what it does here is approximately what it did
     there. What can be known is measured anew: the residuals left, the keys that enter the history, the digest. The passes
-    (selections, residuals before each update) stay those of the round as it was made.
+    (selections, residuals before each update, what rounding lost) stay those of the round as it was made.
 
     Parameters
     ----------
-    model : EditableModel
-        The model; its weights change.
+    writer : Writer
+        What writes into the model; its weights change.
     done : EditRound
         The record.
     number : int
@@ -45,8 +45,8 @@ def reapply(model: EditableModel, done: EditRound, number: int, layers: Sequence
     if foreign := sorted({u.layer for u in done.updates} - set(layers)):
         raise SettingError(f"Round {done.number} changes layers {foreign}, which this session does not edit ({list(layers)}).")
     for update in done.updates:
-        update.apply(model)
-    last = done.values.layer
+        writer.again(update)
+    model, last = writer.model, done.values.layer
     states = FactStates.record(model, done.facts, contexts, min(*layers, last), max(*layers, last))
     residuals = (done.values.z - states.hidden(last)).norm(dim=1)
     return replace(

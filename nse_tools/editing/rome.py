@@ -18,6 +18,7 @@ from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.updating import Stopwatch, Written, preserved_moments
 from nse_tools.editing.value_cache import ValueCache
 from nse_tools.editing.values import TargetValues, compute_values
+from nse_tools.editing.writing import Writer
 from nse_tools.errors import EditError
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
@@ -38,6 +39,7 @@ def write_one_by_one(
     bases: Mapping[int, PreservedMoments] | None = None,
     cache: ValueCache | None = None,
     executor: Executor | None = None,
+    writer: Writer | None = None,
     watch: Stopwatch | None = None,
     progress: bool = False,
 ) -> tuple[TargetValues, Written]:
@@ -49,7 +51,7 @@ def write_one_by_one(
 
     Parameters
     ----------
-    model, method, contexts, moments, history, bases, watch, progress
+    model, method, contexts, moments, history, bases, writer, watch, progress
         As in :func:`nse_tools.editing.write_values`; B = λC, with H where the method keeps old keys (λ then matters).
     facts : FactList
         The facts, in the order they are written.
@@ -72,7 +74,7 @@ def write_one_by_one(
     EditError
         If an update fails; names fact or layer.
     """
-    watch, layer = watch or Stopwatch(), method.last_layer
+    watch, writer, layer = watch or Stopwatch(), writer or Writer(model, method.rounding), method.last_layer
     model.originals.keep([layer])
     base = (bases or preserved_moments(method, moments))[layer]
     preserved = base.with_history(history) if method.use_history else base
@@ -98,7 +100,7 @@ def write_one_by_one(
             update = rank_one_update(key, z - hidden[-1][i], preserved, selection, max_condition=method.max_condition)
             check_update(update, model.weight(layer), method, "solving for the update")
         with watch.time("apply"):
-            update.apply(model)
+            update = writer.write(update, key)
         with watch.time("states"):
             hidden.append(states.hidden(layer))
             check_residuals(hidden[-1], facts.ids, layer, f"after the update for {fact.id!r}")

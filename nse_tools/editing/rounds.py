@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from nse_tools.editing.values import TargetValues
 from nse_tools.errors import SettingError
 from nse_tools.facts import FactList
 
+NEGLIGIBLE = 0.01
+"""Share of ΔW whose loss in rounding is not worth a word."""
 TAKEN, BELOW, ABOVE, ELSEWHERE = "taken", "below alpha", "at or above upper bound", "not in this pass"
 
 
@@ -194,6 +197,39 @@ class EditRound:
         ]
         return pd.DataFrame(rows)
 
+    def rounding(self) -> pd.DataFrame:
+        """Return what rounding the weights to their dtype did to the round's updates: one row a pass and layer.
+
+        Columns ``round``, ``pass``, ``layer``, ``norm_update`` ‖ΔW‖, ``rounding_loss`` ‖round(W + ΔW) − (W + ΔW)‖/‖ΔW‖,
+        ``arrived`` and ``least_arrived`` (how much of the asked change of the layer's output arrives: mean over the facts, and the
+        least), ``astray`` (the change of outputs that was not asked for or is missing, beside the one asked for); see
+        :class:`nse_tools.editing.updates.RoundingLoss`. Missing where it was not measured.
+        """
+        rows = []
+        for a_pass in self.passes:
+            for layer, step in a_pass.layers.items():
+                loss = step.update.rounding
+                rows.append(
+                    {
+                        "round": self.number,
+                        "pass": a_pass.number,
+                        "layer": layer,
+                        "norm_update": step.update.norm,
+                        "rounding_loss": loss.lost if loss else math.nan,
+                        "arrived": loss.mean_arrived if loss else math.nan,
+                        "least_arrived": min(loss.arrived, default=math.nan) if loss else math.nan,
+                        "astray": loss.astray if loss else math.nan,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    @property
+    def rounding_loss(self) -> float:
+        """What rounding lost of all updates together: the root of Σ‖lost‖²/Σ‖ΔW‖²; NaN where it was not measured."""
+        measured = [(u.rounding.lost * u.norm, u.norm) for u in self.updates if u.rounding is not None and u.norm]
+        asked = math.hypot(*(norm for _, norm in measured))
+        return math.hypot(*(lost for lost, _ in measured)) / asked if asked else math.nan
+
     def __repr__(self) -> str:
         first = self.passes[0].layers[self.method.layers[0]].residuals if self.passes else self.final_residuals
         n = len(self.facts)
@@ -201,14 +237,18 @@ class EditRound:
         course = f"mean residual {sum(first) / n:.1f} → {sum(self.final_residuals) / n:.2f}"
         if self.values.way == "gradient":  # fine-tuning has no targets that it could miss
             course = f"states moved by {sum(first) / n:.1f} on average"
+        lost = f", {self.rounding_loss:.0%} of ΔW lost in rounding" if self.rounding_loss > NEGLIGIBLE else ""
         marked = f", APPROXIMATE: {self.approximate}" if self.approximate else ""
         return (
             f"EditRound({self.number}: {n} facts, {len(self.passes)} pass{'es' * (len(self.passes) != 1)}, {course}, "
-            f"{sum(self.seconds.values()):.1f} s{left_out}{marked})"
+            f"{sum(self.seconds.values()):.1f} s{left_out}{lost}{marked})"
         )
 
     def _repr_html_(self) -> str:
-        return table_html(self.to_frame(), head=self)
+        table = self.to_frame()
+        if self.rounding_loss > NEGLIGIBLE:
+            table = table.merge(self.rounding().drop(columns="norm_update"), on=["round", "pass", "layer"])
+        return table_html(table, head=self)
 
     def plot(self, **options: Any) -> Any:
         """Draw the residuals per layer and pass (:func:`nse_tools.plots.residuals`)."""

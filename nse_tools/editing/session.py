@@ -27,6 +27,7 @@ from nse_tools.editing.turns import Turn
 from nse_tools.editing.updating import Stopwatch, Written, preserved_moments, write_values
 from nse_tools.editing.value_cache import ValueCache
 from nse_tools.editing.values import TargetValues, compute_values
+from nse_tools.editing.writing import Writer
 from nse_tools.errors import SettingError, StateError
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
@@ -160,7 +161,8 @@ class EditSession(TimeTravel):
         check_replaced(replaces, self.rounds)
         watch = Stopwatch()
         with self._all_or_nothing():
-            values, written = self._write(batch, values, watch, self.history.without(replaces))
+            writer = self._writer()
+            values, written = self._write(batch, values, watch, writer, self.history.without(replaces))
             done = EditRound(
                 number=len(self) + 1,
                 facts=batch,
@@ -176,6 +178,15 @@ class EditSession(TimeTravel):
                 replaces=tuple(replaces),
             )
             self._commit(self._past.and_then(done))
+        if self.method.rounding == "master":
+            self._masters = self.rounds, writer.masters
+        if done.number == 1 and done.rounding_loss > 0.5:
+            _log.warning(
+                "rounding to %s lost %.0f %% of the first round's updates (round.rounding()); method.with_(rounding='stochastic') or "
+                "'master', or weights in float32, lose less",
+                self.model.dtype,
+                100 * done.rounding_loss,
+            )
         if done.skipped:
             reasons = dict(Counter(done.skipped.values()))
             _log.warning(
@@ -279,7 +290,7 @@ class EditSession(TimeTravel):
         return pd.concat([r.residuals() for r in self.rounds], ignore_index=True) if len(self) else pd.DataFrame()
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a round: facts, passes, facts skipped, residuals, ‖ΔW‖, seconds, values from the cache, approximate."""
+        """Return one row a round: facts, passes, facts skipped, residuals, ‖ΔW‖, its loss in rounding, seconds, …, approximate."""
         rows = []
         for r in self.rounds:
             before = r.residuals().query("step == 0").residual.mean()
@@ -292,6 +303,7 @@ class EditSession(TimeTravel):
                     "residual_before": before,
                     "residual_after": sum(r.final_residuals) / len(r.facts),
                     "norm_update": sum(u.norm**2 for u in r.updates) ** 0.5,
+                    "rounding_loss": r.rounding_loss,
                     "seconds": sum(r.seconds.values()),
                     "cached": sum(r.values.cached),
                     "approximate": bool(r.approximate),
@@ -307,10 +319,12 @@ class EditSession(TimeTravel):
     def _repr_html_(self) -> str:
         return table_html(self.to_frame(), head=self)
 
-    def _write(self, facts: FactList, values: TargetValues | None, watch: Stopwatch, history: KeyHistory) -> tuple[TargetValues, Written]:
+    def _write(
+        self, facts: FactList, values: TargetValues | None, watch: Stopwatch, writer: Writer, history: KeyHistory
+    ) -> tuple[TargetValues, Written]:
         """Change the weights as the method's solver does; return the values and what was done."""
         model, method = self.model, self.method
-        shown: dict[str, Any] = {"watch": watch, "progress": self.progress}
+        shown: dict[str, Any] = {"watch": watch, "progress": self.progress, "writer": writer}
         if method.solver == "gradient":
             if values is not None:
                 raise SettingError("Fine-tuning (solver 'gradient') seeks no values and can be given none.")

@@ -11,12 +11,13 @@ from torch import Tensor
 from nse_tools.editing.guards import all_or_nothing, check_moments
 from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.method import Method
-from nse_tools.editing.past import Checkpoint, Past
+from nse_tools.editing.past import Checkpoint, Past, masters_after
 from nse_tools.editing.round_list import Rounds
 from nse_tools.editing.rounds import EditRound
 from nse_tools.editing.solvers import PreservedMoments
 from nse_tools.editing.turns import Turn
 from nse_tools.editing.value_cache import ValueCache
+from nse_tools.editing.writing import Writer
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
 from nse_tools.models.executors import Executor
@@ -48,6 +49,7 @@ class SessionState:
     _past: Past
     _history: KeyHistory
     _bases: tuple[Method, dict[int, PreservedMoments]] | None
+    _masters: tuple[Rounds, dict[int, Tensor]] | None = None
     _turn: Turn
     _checkpoint: Checkpoint | None = None
 
@@ -113,6 +115,19 @@ class SessionState:
     def _originals(self) -> dict[int, Tensor]:
         return {layer: self.model.originals[layer] for layer in self.method.layers}
 
+    def _writer(self, upto: int | None = None) -> Writer:
+        """Return what writes the updates of the round after ``upto`` (after the last, by default)."""
+        rounds = self.rounds[:upto]
+        masters = self._masters_after(rounds) if self.method.rounding == "master" else None
+        return Writer(self.model, self.method.rounding, seed=self.seed, number=len(rounds) + 1, masters=masters)
+
+    def _masters_after(self, rounds: Rounds) -> dict[int, Tensor]:
+        """Return the master copies of the edited weights after some rounds; those of the last edit are at hand."""
+        held = self._masters
+        if held is not None and held[0] == rounds:
+            return held[1]
+        return masters_after(self._originals(), rounds)
+
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Put the weights back if the ``with`` block is left by an error or interrupt before it has called :meth:`_commit`."""
@@ -145,7 +160,8 @@ class SessionState:
             return
         upto = len(self) - self.keep
         older = self._past.rounds.held[:upto]
-        if any(held.in_memory for held in older):
+        # a master copy cannot be told from the weights it was rounded to: its rounds are always added from the first on
+        if any(held.in_memory for held in older) and self.method.rounding != "master":
             self._checkpoint = self._past.checkpoint(upto, self._checkpoint, self._originals())
         # few old keys enter the solve as they are; once they are summed, or where none are used, they are not asked for again
         n_summed = self._history.n_summed if self.method.use_history else upto

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from nse_tools.models import EditableModel
 from nse_tools.models.editable import hidden_of
+from nse_tools.models.rounding import tolerance
 from nse_tools.tracing.attention import OnlySome, Packing, packed_attention
 from nse_tools.tracing.batches import pad
 from nse_tools.tracing.prefixes import run_prefixes
@@ -87,8 +88,9 @@ class SuffixBatch:
             hidden, calls = _trace(
                 model, layer, tokens.ids, torch.cat([prefix_mask, tokens.mask], 1), tokens.positions + first[:, None], cache
             )
-        at = torch.tensor([p.position - s for p, s in zip(prompts, starts, strict=True)], device=model.device)
-        batch = cls(model, layer, hidden, at, first, tokens.lengths, calls)
+        here = hidden.device  # of layer L; the tokens' is the embedding's
+        at = torch.tensor([p.position - s for p, s in zip(prompts, starts, strict=True)], device=here)
+        batch = cls(model, layer, hidden, at, first.to(here), tokens.lengths.to(here), calls)
         return batch._packed() if packed else batch
 
     @property
@@ -134,7 +136,8 @@ class SuffixBatch:
             (n, d_model).
         """
         if self.packing is None:
-            return self.replay(delta)[rows, places]
+            states = self.replay(delta)  # on the last layer's device
+            return states[rows.to(states.device), places.to(states.device)]
         some = self.packing.some(rows, places)
         with packed_attention(self.model):
             return some.pack(self._run(self.packing.pack(self._moved(delta)), self.packed_calls, some))[0]
@@ -165,7 +168,7 @@ class SuffixBatch:
         own = [s[b:] for s, b in zip(_states_leaving(self.model, [prompts[i] for i in chosen]), rows.starts, strict=True)]
         expected = torch.cat([*own, *(states[-1:] for states in own)])
         found = torch.cat([*(states[:n] for states, n in zip(replayed, rows.lengths, strict=True)), ends])
-        return bool((found - expected).norm() <= 1e-3 * expected.norm())
+        return bool((found - expected).float().norm() <= tolerance(expected.dtype) * expected.float().norm())
 
     def _run(self, hidden: Tensor, calls: dict[int, LayerCall], some: Packing | None = None) -> Tensor:
         last = self.model.n_layers - 1

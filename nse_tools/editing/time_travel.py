@@ -80,8 +80,11 @@ class TimeTravel(SessionState):
         """
         ahead = self._past.forward_to(len(self) + 1 if to is None else to)
         self._check_untouched()
-        now = {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}
-        self._move(ahead, self._made_again(now, ahead.rounds[len(self) :], ahead.digest, len(ahead)), kept=len(self))
+        if self.method.rounding == "master":  # what the master copies hold cannot be told from the rounded weights
+            start, rounds = self._originals(), ahead.rounds
+        else:
+            start, rounds = {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}, ahead.rounds[len(self) :]
+        self._move(ahead, self._made_again(start, rounds, ahead.digest, len(ahead)), kept=len(self))
         return ahead.rounds[-1]
 
     @contextmanager
@@ -241,9 +244,10 @@ class TimeTravel(SessionState):
         with self._all_or_nothing():
             write_weights(self.model, weights)
             done: list[HeldRound | EditRound] = [*self.rounds.held[: round - 1]]
+            writer = self._writer(round - 1)
             for record in later:
                 moved = replace(record, replaces=_without_round(record.replaces, round))
-                done.append(reapply(self.model, moved, len(done) + 1, self.method.layers, self.contexts, why))
+                done.append(reapply(writer, moved, len(done) + 1, self.method.layers, self.contexts, why))
             self._commit(self._past.with_rounds(done))
         return dropped
 
@@ -279,7 +283,7 @@ class TimeTravel(SessionState):
         why = "" if same_state else f"taken over from round {round} of {other.name!r}, for whose weights it was solved"
         with self._all_or_nothing():
             alone = replace(picked, replaces=())  # what it replaced there is no round of this session
-            done = reapply(self.model, alone, len(self) + 1, self.method.layers, self.contexts, why)
+            done = reapply(self._writer(), alone, len(self) + 1, self.method.layers, self.contexts, why)
             self._commit(self._past.and_then(done))
         return done
 
@@ -312,7 +316,7 @@ class TimeTravel(SessionState):
         """
         live = {layer: self.model.weight(layer) for layer in self.method.layers}
         held_by = None if self._turn.holder is self else self._turn.holder.name
-        return verify_past(self._past, self._originals(), live, held_by)
+        return verify_past(self._past, self._originals(), live, held_by, self.method.rounding)
 
     # ---- by which it is done -----------------------------------------------------------------------------------------
     def _check_untouched(self) -> None:
@@ -321,7 +325,7 @@ class TimeTravel(SessionState):
 
     def _made_again(self, start: Mapping[int, Tensor], rounds: Rounds, digest: str, round: int) -> dict[int, Tensor]:
         """Return the weights after some rounds, on those before them, compared with the digest after ``round``, the last of them."""
-        weights = next(islice(replay(start, rounds), len(rounds), None))
+        weights = next(islice(replay(start, rounds, self.method.rounding), len(rounds), None))
         if digest_of_weights(weights.values()) != digest:
             raise StateError(
                 f"The weights of round {round} could not be made again bit for bit; was the thread count changed, or the record? "

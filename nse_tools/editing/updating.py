@@ -22,6 +22,7 @@ from nse_tools.editing.rounds import ABOVE, BELOW, TAKEN, EditPass, LayerStep
 from nse_tools.editing.solvers import PreservedMoments, solve_update
 from nse_tools.editing.updates import LayerUpdate
 from nse_tools.editing.values import TargetValues
+from nse_tools.editing.writing import Writer
 from nse_tools.errors import SettingError
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
@@ -67,6 +68,7 @@ def write_values(
     *,
     first_values: TargetValues | None = None,
     bases: Mapping[int, PreservedMoments] | None = None,
+    writer: Writer | None = None,
     watch: Stopwatch | None = None,
     progress: bool = False,
 ) -> Written:
@@ -95,6 +97,8 @@ def write_values(
         The facts' values at the first layer, where the method edits the first and the last layer with a target each.
     bases : mapping of int to PreservedMoments, optional
         λC of every edited layer (:func:`preserved_moments`), whose factors a sequence of rounds can share.
+    writer : Writer, optional
+        What adds the updates to the weights; by default one for this round, as ``method.rounding`` says.
     watch : Stopwatch, optional
         Counts seconds spent on states, keys, solving and applying.
     progress : bool
@@ -112,7 +116,7 @@ def write_values(
     EditError
         If an update cannot be solved for; names the layer.
     """
-    watch = watch or Stopwatch()
+    watch, writer = watch or Stopwatch(), writer or Writer(model, method.rounding)
     layers, last = method.edited_layers, method.last_layer
     targets = _targets(method, values, first_values)
     model.originals.keep(layers)
@@ -128,11 +132,11 @@ def write_values(
             fates = _fates(residuals.norm(dim=1), method.alpha * unit, method.upper_bound * unit)
             if TAKEN not in fates:
                 break
-            steps = _one_pass(model, method, targets, states, preserved, fates, watch, bar)
+            steps = _one_pass(writer, method, targets, states, preserved, fates, watch, bar)
             passes.append(EditPass(number, fates, steps))
             with watch.time("states"):
                 residuals = _residuals(states, values.z, last, f"after pass {number}")
-    after = compress_weights(model, method, watch) if method.compress and passes else ()
+    after = compress_weights(writer, method, watch) if method.compress and passes else ()
     if after:
         with watch.time("states"):
             residuals = _residuals(states, values.z, last, "after growth was held back")
@@ -154,16 +158,15 @@ def _preserved(method: Method, layer: int, moments: Tensor) -> PreservedMoments:
     return PreservedMoments(layer, moments, method.mom2_update_weight, ridge=method.ridge, space=space)
 
 
-def compress_weights(model: EditableModel, method: Method, watch: Stopwatch) -> tuple[LayerUpdate, ...]:
+def compress_weights(writer: Writer, method: Method, watch: Stopwatch) -> tuple[LayerUpdate, ...]:
     """Hold back the growth of every edited weight (:func:`nse_tools.editing.restraints.compress_growth`); return the changes made."""
-    done = []
+    done, model = [], writer.model
     for layer in method.edited_layers:
         with watch.time("solve"):
             update = compress_growth(layer, model.weight(layer), model.originals[layer], method.compress_base)
         if update is not None:
             with watch.time("apply"):
-                update.apply(model)
-            done.append(update)
+                done.append(writer.write(update))
     return tuple(done)
 
 
@@ -182,7 +185,7 @@ def _targets(method: Method, values: TargetValues, first_values: TargetValues | 
 
 
 def _one_pass(
-    model: EditableModel,
+    writer: Writer,
     method: Method,
     targets: Mapping[int, tuple[int, Tensor]],
     states: FactStates,
@@ -204,7 +207,7 @@ def _one_pass(
         with watch.time("keys"):
             keys = states.keys([layer])[layer].take(rows)
         with watch.time("solve"):
-            weight = model.weight(layer)
+            weight = writer.model.weight(layer)
             selection = select_neurons(
                 keys,
                 method.neuron_threshold,
@@ -225,7 +228,7 @@ def _one_pass(
             update = restrain(update, keys, method, weight, preserved[layer].space)
             check_update(update, weight, method, "solving for the update")
         with watch.time("apply"):
-            update.apply(model)
+            update = writer.write(update, keys)
         steps[layer] = LayerStep(layer, selection, update, tuple(residuals.norm(dim=1).tolist()))
         bar.update()
     return steps

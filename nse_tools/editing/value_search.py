@@ -83,7 +83,7 @@ class _Batch:
 
     def __init__(self, model: EditableModel, rows: list[SearchRow], suffix: SuffixBatch, reference: Tensor | None = None) -> None:
         self.model, self.rows, self.suffix, self.reference = model, rows, suffix, reference
-        device = suffix.hidden.device
+        device = model.logits_device  # layer L may be on another
         entries = list(self._predictions(suffix.starts.tolist()))
         self.row, self.place, self.token = (torch.tensor([e[i] for e in entries], dtype=torch.long, device=device) for i in range(3))
         self.share = torch.tensor([e[3] for e in entries], device=device)
@@ -108,8 +108,12 @@ class _Batch:
         ∂KL(p ‖ p₀)/∂logits = p ⊙ (log p − log p₀ − KL).
         """
         with torch.set_grad_enabled(backward):
-            rows, places = torch.cat([self.row, self.essence]), torch.cat([self.place, self.suffix.at[self.essence]])
-            logits = self.model.unembed(self.suffix.replay_at(delta[self.row_fact].to(self.suffix.hidden.dtype), rows, places))
+            rows, places = (
+                torch.cat([self.row, self.essence]),
+                torch.cat([self.place, self.suffix.at.to(self.essence.device)[self.essence]]),
+            )
+            moved = delta[self.row_fact.to(delta.device)].to(self.suffix.hidden.dtype)
+            logits = self.model.unembed(self.suffix.replay_at(moved, rows, places))
         with torch.no_grad():
             logp = logits.detach().float().log_softmax(-1)
             n = len(self.row)
@@ -220,7 +224,7 @@ class ValueSearch:
         for batch in self.batches:
             terms = batch.terms(delta, method.kl_factor, backward, count_missed=method.v_stop_at_argmax > 0)
             for total, term in zip((nll, kl, probability, missed), terms, strict=True):
-                total += term
+                total += term.to(total.device)
         self.reached = [0 if n else before + 1 for n, before in zip(missed.tolist(), self.reached, strict=True)]
         with torch.set_grad_enabled(backward):
             decay = method.v_weight_decay * _norm(delta) / self.h0.norm(dim=1) ** 2

@@ -9,6 +9,7 @@ import pandas as pd
 from torch import Tensor
 
 from nse_tools._show import table_html
+from nse_tools.editing.method import Rounding
 from nse_tools.editing.past import Past, replay
 from nse_tools.models.weights import digest_of_weights
 
@@ -56,7 +57,9 @@ class Verification:
         return table_html(self.to_frame(), head=self)
 
 
-def verify_past(past: Past, originals: Mapping[int, Tensor], live: Mapping[int, Tensor], held_by: str | None = None) -> Verification:
+def verify_past(
+    past: Past, originals: Mapping[int, Tensor], live: Mapping[int, Tensor], held_by: str | None = None, rounding: Rounding = "nearest"
+) -> Verification:
     """Make every state again and compare it with its digest, and the last with the model.
 
     Parameters
@@ -67,9 +70,11 @@ def verify_past(past: Past, originals: Mapping[int, Tensor], live: Mapping[int, 
         Layer → (d_model, d_ff): W₀, and the model's weights now.
     held_by : str, optional
         See :class:`Verification`.
+    rounding : {"nearest", "stochastic", "master"}
+        How the rounds were written.
     """
     found, weights = [], dict(originals)
-    for number, weights in enumerate(replay(originals, past.rounds)):
+    for number, weights in enumerate(replay(originals, past.rounds, rounding)):
         found.append((number, past.digest_after(number), digest_of_weights(weights.values())))
     differing = tuple(layer for layer in weights if digest_of_weights([weights[layer]]) != digest_of_weights([live[layer]]))
     return Verification(tuple(found), differing, held_by)

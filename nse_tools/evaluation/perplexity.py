@@ -48,8 +48,9 @@ def perplexity(model: EditableModel, texts: Sequence[str] | None = None) -> floa
         with model.running():
             states = model.hf.base_model(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).last_hidden_state
             predicted = tokens.mask[:, 1:].bool()
-            logp = model.logits_of_normed(states[:, :-1][predicted]).float().log_softmax(-1)
-        total -= float(logp.gather(1, tokens.ids[:, 1:][predicted][:, None]).double().sum())
+            logp = model.logits_of_normed(states[:, :-1][predicted.to(states.device)]).float().log_softmax(-1)
+        wanted = tokens.ids[:, 1:][predicted][:, None].to(logp.device)
+        total -= float(logp.gather(1, wanted).double().sum())
         count += int(predicted.sum())
     # a broken model's loss may be too large to exponentiate, or NaN: both are shown as infinity
     return math.exp(total / count) if total / count < 700 else math.inf

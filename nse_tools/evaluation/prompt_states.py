@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from nse_tools.models import EditableModel
 from nse_tools.models.editable import hidden_of
+from nse_tools.models.rounding import tolerance
 from nse_tools.tracing.batches import TokenBatch, pad
 from nse_tools.tracing.replay import LayerCall, run_layer, watch_calls
 
@@ -112,7 +113,7 @@ class PromptStates:
         last = recorded.prompts.run(self.model, cache)[:, -1]
         if recorded.continuations is None:
             return Ends(last, ())
-        rows = torch.tensor([row for row, _ in continuations], device=last.device)
+        rows = torch.tensor([row for row, _ in continuations])  # on the CPU: the layers' caches may be on several devices
         for held in cache.layers[self.layer :]:
             held.batch_select_indices(rows)
         return Ends(last, _cut(recorded.continuations.run(self.model, cache), continuations))
@@ -122,7 +123,7 @@ class PromptStates:
         if not self._checked:
             again = self._replay(asked, recorded)
             pairs = zip((ends.prompts, *ends.continuations), (again.prompts, *again.continuations), strict=True)
-            if not all(bool((a - b).norm() <= 1e-3 * a.norm()) for a, b in pairs):
+            if not all(bool((a - b).float().norm() <= tolerance(a.dtype) * a.float().norm()) for a, b in pairs):
                 _log.warning("%s does not give its own states when replayed from layer %d", self.model.name, self.layer)
                 self.max_bytes = 0
                 return False
@@ -147,7 +148,7 @@ def _record(model: EditableModel, asked: Asked, layer: int | None) -> tuple[Ends
     end, own = _stretch(model, layer, tokens, tokens.mask, tokens.positions, cache)
     if cache is None:
         return Ends(end[:, -1], ()), _Recorded(own, None)
-    rows = torch.tensor([row for row, _ in continuations], device=model.device)
+    rows = torch.tensor([row for row, _ in continuations])
     cache.batch_select_indices(rows)
     more = pad([ids for _, ids in continuations], model.pad_id, model.device)
     mask, positions = torch.cat([tokens.mask[rows], more.mask], dim=1), more.positions + tokens.lengths[rows][:, None]

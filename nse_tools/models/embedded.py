@@ -107,6 +107,7 @@ def _download(place: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model read from GGUF refuses save_pretrained; a fresh one of the same config with the same tensors does not.
+    read.config.__dict__.pop("quantization_config", None)  # its weights are plain ones now
     plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     plain.load_state_dict(read.state_dict())
     plain.save_pretrained(target)

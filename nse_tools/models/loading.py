@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from nse_tools.errors import ModelError
+from nse_tools.errors import MissingPackageError, ModelError
 from nse_tools.models import embedded
 from nse_tools.models.architecture import Architecture
 from nse_tools.models.editable import EditableModel
@@ -25,6 +27,10 @@ def load_model(
     architecture: Architecture | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
+    quantization_config: Any = None,
     progress: bool = True,
 ) -> EditableModel:
     """Load a causal language model for editing.
@@ -42,6 +48,14 @@ def load_model(
         The weights' dtype; as stored by default.
     device : str or torch.device, optional
         Where the model goes; where it is by default (CPU).
+    device_map : str or mapping, optional
+        Which part goes where, as transformers and accelerate take it: ``"auto"``, or module path → device, ``"cpu"`` or ``"disk"``.
+    max_memory : mapping, optional
+        Device number or ``"cpu"`` → the most that may be put there (``"20GiB"``), for ``device_map="auto"``.
+    offload_folder : str or Path, optional
+        Where weights go that are offloaded to disk.
+    quantization_config : object, optional
+        How transformers shall quantise while loading: ``BitsAndBytesConfig(…)`` or ``TorchAoConfig(…)``.
     progress : bool
         Show a progress bar while the embedded model is made.
 
@@ -54,29 +68,45 @@ def load_model(
     ------
     ModelError
         If the source cannot be loaded or the model cannot be edited.
+    MissingPackageError
+        If a package is missing that the quantisation needs.
     """
     if not isinstance(source, str | Path | PreTrainedModel):
         raise ModelError(f"A model's name, folder or file, or a loaded transformers model was expected, not {source!r:.80}.")
+    placed = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    placed |= {"quantization_config": quantization_config}
+    if device is not None and device_map is not None:
+        raise ModelError(f"device={str(device)!r} and device_map={device_map!r}: give one of them.")
     if isinstance(source, PreTrainedModel):
         if tokenizer is None:
             raise ModelError("A loaded model comes with its tokenizer: load_model(model, tokenizer).")
+        if any(placed.values()):
+            raise ModelError(f"{', '.join(k for k, v in placed.items() if v)}: only while loading; this model is loaded already.")
         hf, name = source, None
     else:
-        hf, own, name = _from_name(source, dtype, progress)
+        hf, own, name = _from_name(source, dtype, placed, progress)
         tokenizer = tokenizer or own
     if device is not None:
         hf = hf.to(device)
     return EditableModel(hf, tokenizer, architecture, name)
 
 
-def _from_name(source: str | Path, dtype: torch.dtype | None, progress: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+def _from_name(
+    source: str | Path, dtype: torch.dtype | None, placed: Mapping[str, Any], progress: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     place, gguf = _place(source, progress)
     extra = {"gguf_file": gguf} if gguf else {}
     _check_headers(Path(place), gguf)
+    given = {name: value for name, value in placed.items() if value is not None}
+    if gguf:  # packed blocks let no gradient through
+        given.setdefault("quantization_config", GgufConfig(dequantize=True))
     try:
-        hf = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **extra)
+        hf = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **extra, **given)
         tokenizer = AutoTokenizer.from_pretrained(place, **extra)
     except Exception as wrong:  # the readers of several libraries raise whatever comes up on a broken file
+        if isinstance(wrong, ImportError) and placed["quantization_config"] is not None:
+            how = type(placed["quantization_config"]).__name__
+            raise MissingPackageError(f"To load {str(source)!r} with {how}, a package is missing: {wrong}") from wrong
         expected = isinstance(wrong, OSError | ValueError | RuntimeError | ImportError)
         damaged = "" if expected else f" ({type(wrong).__name__}: a file is damaged or cut off, fetch it again)"
         raise ModelError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nse_tools.errors import ModelError
 from nse_tools.models.interrupts import surely_afterwards
+from nse_tools.models.placement import tensors_of
 
 if TYPE_CHECKING:
     from nse_tools.models.editable import EditableModel
@@ -26,19 +27,18 @@ class OriginalWeights:
         self._hashes: tuple[str, str] | None = None
 
     def keep(self, layers: Iterable[int]) -> None:
-        """Keep the present weights of these layers as their originals, where none are kept yet.
+        """Keep the present weights of these layers as their originals, where none are kept yet; offloaded ones come to memory for good.
 
         Raises
         ------
         ModelError
-            If a weight is not finite or has no storage here (an offloaded layer).
+            If a weight is not finite, or cannot be brought to memory (:meth:`EditableModel.make_editable`).
         """
         for index in layers:
             if index in self._kept:
                 continue
+            self._model.make_editable(index)
             weight = self._model.weight(index)
-            if weight.device.type == "meta":
-                raise ModelError(f"Layer {index} of {self._model.name} is offloaded; edited layers must stay in memory.")
             if not bool(torch.isfinite(weight).all()):
                 raise ModelError(f"Layer {index} of {self._model.name}: the down projection holds NaN or infinite weights.")
             self._kept[index] = copy_of(weight)
@@ -86,17 +86,17 @@ class OriginalWeights:
 
     def _hashed(self) -> tuple[str, str]:
         if self._hashes is None:
-            own = {self._model.weight_name(i): i for i in self._kept}
+            own, downs = {self._model.weight_name(i): i for i in self._kept}, self._down_names()
             whole = hashlib.blake2b(config_text(self._model).encode(), digest_size=16)
             parameters = hashlib.blake2b(digest_size=16)
-            for name, parameter in self._model.hf.named_parameters():
+            for name, parameter in tensors_of(self._model.hf):
                 if name in own:
                     # kept as (d_model, d_ff); hash the same bytes in that orientation, edited or not
                     data = bytes_of(self._kept[own[name]])
-                elif name in self._down_names():
-                    data = bytes_of(copy_of(self._model.weight(self._down_names()[name])))
+                elif name in downs:
+                    data = bytes_of(copy_of(self._model.weight(downs[name])))
                 else:
-                    data = bytes_of(parameter.data)
+                    data = bytes_of(parameter)
                 for digest in (whole, parameters):
                     digest.update(name.encode())
                     digest.update(data)
@@ -164,7 +164,7 @@ def checksum_of(model: EditableModel) -> str:
     digest = hashlib.blake2b(config_text(model).encode(), digest_size=16)
     # how attention is computed is not among the config's items; dropout acts in training mode
     digest.update(repr((getattr(model.hf.config, "_attn_implementation", None), model.hf.training)).encode())
-    for name, tensor in (*model.hf.named_parameters(), *model.hf.named_buffers()):
+    for name, tensor in tensors_of(model.hf, buffers=True):
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape), tensor.device.type)).encode())
         digest.update(sums_of(tensor))
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from nse_tools.storage.rounds import MALFORMED, from_json, to_json
 from nse_tools.tracing.contexts import Contexts
 
 FORMAT = 2
-"""Version of the layout on disk; a higher one is refused. Since 2, a round says what it replaces."""
+"""Version of the layout on disk; a higher one is refused. 2: what a round replaces, how updates were rounded (1 is read without)."""
 MANIFEST, PREVIOUS = "session.json", "session.previous.json"
 _FOLDER = re.compile(r"\d{4,9}-[0-9a-f]{16}")
 OWN_FILE = re.compile(r"(scores\.csv|rounds\.csv|moments-[0-9a-f]{16}\.safetensors)")

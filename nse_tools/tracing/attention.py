@@ -93,7 +93,8 @@ class _Unpack(torch.autograd.Function):
 def packs_rows(model: EditableModel) -> bool:
     """Say whether a model's rows can be run end to end: PyTorch's attention, on a CPU, in full precision."""
     config = model.hf.config.get_text_config()
-    return config._attn_implementation == _ORDINARY and model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
+    on_cpu = all(device.type == "cpu" for device in model.devices)
+    return config._attn_implementation == _ORDINARY and on_cpu and model.dtype in (torch.float32, torch.float64)
 
 
 @contextmanager

@@ -216,9 +216,9 @@ def first_token_ratio(model: EditableModel, rows: Sequence[Sequence[int]]) -> Te
             record = nnsight.save(seen)
             tracer.stop()
         for layer, keys in record.items():
-            squares = keys.reshape(*tokens.ids.shape, -1).float().square().sum(-1)
+            squares = keys.reshape(*rest.shape, -1).float().square().sum(-1)
             first[layer] += float(squares[:, 0].sum())
-            others[layer] += float(squares[rest].sum())
+            others[layer] += float(squares[rest.to(squares.device)].sum())
         n_others += int(rest.sum())
     return (first / len(rows)) / (others / n_others)
 
@@ -266,7 +266,7 @@ class _Batch:
         subject = torch.zeros_like(tokens.mask, dtype=torch.bool)
         for row, t in enumerate(chosen):
             subject[row, t.start : t.prompt.position + 1] = True
-        last = torch.tensor([t.prompt.position for t in chosen], device=model.device)
+        last = torch.tensor([t.prompt.position for t in chosen])  # on the CPU: layers may be on several devices
         places = tuple((tuple(range(t.prompt.target_start - 1, len(t.prompt.ids) - 1)), t.prompt.target_ids) for t in chosen)
         calls: dict[int, LayerCall] = {}
         if remote:
@@ -291,11 +291,11 @@ class _Batch:
         if self.remote:
             return self._corrupt_from_afar(shocks, states)
         hidden, restored = self.hidden.clone(), []
-        hidden[self.subject] += torch.cat(list(shocks)).to(hidden)
+        hidden[self.subject.to(hidden.device)] += torch.cat(list(shocks)).to(hidden)
         for layer, call in self.calls.items():
             hidden = run_layer(self.model, layer, call, hidden)
             mended = hidden.clone()
-            mended[self._each, self.last] = states[layer]
+            mended[self._each, self.last] = states[layer].to(mended.device)
             restored.append(self._read(self._end(mended, layer + 1))[0])
         return self._read(hidden)[0], torch.stack(restored, dim=1)
 
@@ -312,7 +312,7 @@ class _Batch:
 
     @property
     def _each(self) -> Tensor:
-        return torch.arange(len(self.last), device=self.last.device)
+        return torch.arange(len(self.last))
 
     def _end(self, hidden: Tensor, start: int) -> Tensor:
         for layer in range(start, self.model.n_layers):

@@ -208,7 +208,7 @@ def _keys(model: EditableModel, layers: list[int], rows: list[tuple[int, ...]]) 
             seen[layer] = model.down_envoy(layer).input
         record = nnsight.save(seen)
         tracer.stop()
-    return {layer: keys.reshape(*tokens.ids.shape, -1)[counted].float().cpu() for layer, keys in record.items()}
+    return {layer: keys.reshape(*counted.shape, -1)[counted.to(keys.device)].float().cpu() for layer, keys in record.items()}
 
 
 def _resume(checkpoint: Path, layers: list[int], d_ff: int) -> tuple[dict[int, Tensor], int]:

@@ -98,7 +98,7 @@ def _run_shared(model: EditableModel, rows: Sequence[Ids]) -> DynamicCache | Non
             return None
         order += chosen
         parts.append(part)
-    back = torch.tensor(order).argsort().to(model.device)
+    back = torch.tensor(order).argsort()
     return _cache(
         model, [(torch.cat([k for k, _ in layer])[back], torch.cat([v for _, v in layer])[back]) for layer in zip(*parts, strict=True)]
     )
@@ -108,7 +108,7 @@ def _run_rests(
     model: EditableModel, rests: Sequence[Ids], heads: TokenBatch, held: Sequence[KeysValues], which: Tensor, width: int
 ) -> list[KeysValues] | None:
     """Run the tokens after some rows' heads; return each layer's keys and values of whole rows, moved to the right of ``width``."""
-    which = which.to(model.device)
+    # layers may be on several devices: rows are told by numbers on the CPU, which index tensors anywhere
     cache = _cache(model, [(keys[which], values[which]) for keys, values in held])
     tokens, before = pad(rests, model.pad_id, model.device), heads.lengths[which]
     if tokens.ids.shape[1]:
@@ -118,9 +118,9 @@ def _run_rests(
     if found is None:
         return None
     # a row's tokens stand together: its head was padded on the left, what follows on the right
-    ends = heads.ids.shape[1] + tokens.lengths
-    source = (ends[:, None] - width + torch.arange(width, device=model.device)[None]).clamp(min=0)
-    row = torch.arange(len(rests), device=model.device)[:, None]
+    ends = heads.ids.shape[1] + tokens.lengths.cpu()
+    source = (ends[:, None] - width + torch.arange(width)[None]).clamp(min=0)
+    row = torch.arange(len(rests))[:, None]
     return [(_moved(keys, row, source), _moved(values, row, source)) for keys, values in found]
 
 

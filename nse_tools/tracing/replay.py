@@ -69,7 +69,7 @@ class PrefixCache:
 
     def keep_rows(self, rows: Tensor) -> PrefixCache:
         """Keep some rows."""
-        return replace(self, layers={i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()})
+        return replace(self, layers={i: (k[rows.to(k.device)], v[rows.to(v.device)]) for i, (k, v) in self.layers.items()})
 
 
 def keep_rows(calls: Mapping[int, LayerCall], rows: Tensor, n_rows: int) -> dict[int, LayerCall]:
@@ -78,7 +78,8 @@ def keep_rows(calls: Mapping[int, LayerCall], rows: Tensor, n_rows: int) -> dict
     def change(value: Any) -> Any:
         if isinstance(value, PrefixCache):
             return value.keep_rows(rows)
-        return value[rows] if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == n_rows else value
+        per_row = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == n_rows
+        return value[rows.to(value.device)] if per_row else value
 
     return _changed(calls, change)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models_small import CONTEXTS, FACTS, build, moments_for
-from nse_tools.editing import EditPreview, EditSession, Method, solvers
+from nse_tools.editing import EditPreview, EditSession, Method, updating
 from nse_tools.errors import EditError, FactError, StateError
 from nse_tools.facts import FactList
 from shown_small import bits, same
@@ -94,14 +94,14 @@ def test_an_error_in_a_preview_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) 
     session = session_of()
     session.edit(ONE)
     state, rounds = bits(session), session.rounds
-    real = solvers.LayerUpdate.apply
+    real = updating.Writer.write
 
-    def breaking(self, model) -> None:
-        real(self, model)  # after the weights were written
+    def breaking(*args) -> None:
+        real(*args)  # after the weights were written
         raise EditError("stop")
 
     with monkeypatch.context() as patch:
-        patch.setattr(solvers.LayerUpdate, "apply", breaking)
+        patch.setattr(updating.Writer, "write", breaking)
         with pytest.raises(EditError, match="stop"):
             session.preview(TWO)
     assert same(bits(session), state)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models_small import CONTEXTS, FACTS, NAMES, build, moments_for
-from nse_tools.editing import EditSession, Method, compute_values, methods, solvers, updating
+from nse_tools.editing import EditSession, Method, compute_values, methods, updating
 from nse_tools.editing import values as values_module
 from nse_tools.errors import EditError, FactError, ModelError, SettingError, StateError
 from nse_tools.facts import Fact, FactList
@@ -106,23 +106,22 @@ def test_looking_back_comes_back_when_the_body_raises() -> None:
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, MemoryError])
 @pytest.mark.parametrize("at_call", [1, 3])
-@pytest.mark.parametrize("step", ["select_neurons", "solve_update", "update.apply"])
+@pytest.mark.parametrize("step", ["select_neurons", "solve_update", "writer.write"])
 def test_an_edit_that_is_interrupted_leaves_everything_as_it_was(
     step: str, at_call: int, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = session_of("gpt2")
     session.edit(ONE)
     state, rounds, history = all_weights(session.model), session.rounds, session.history.matrix(0).clone()
-    owner, attribute = (solvers.LayerUpdate, "apply") if step == "update.apply" else (updating, step)
+    owner, attribute = (updating.Writer, "write") if step == "writer.write" else (updating, step)
     real, calls = getattr(owner, attribute), []
 
     def breaking(*args, **kwargs):
         calls.append(1)
-        if step == "update.apply":
-            real(*args, **kwargs)  # after the weights have been written
+        done = real(*args, **kwargs)  # also after the weights have been written
         if len(calls) == at_call:
             raise kind("stop")
-        return None if step == "update.apply" else real(*args, **kwargs)
+        return done
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, attribute, breaking)

@@ -200,6 +200,7 @@ OTHER_SETTINGS = {
     "ft_weight_decay": 0.1,
     "ft_norm_constraint": 0.1,
     "preset": "none such",
+    "rounding": "master",
 }
 RELEVANT = {"v_stop_at_argmax", "v_lr", "v_num_grad_steps", "v_loss_threshold", "v_weight_decay", "clamp_norm_factor", "kl_factor"}
 
