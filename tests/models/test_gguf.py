@@ -26,8 +26,8 @@ def test_a_file_of_each_type_is_loaded_and_edited(kind: str, tmp_path: Path) -> 
     session = EditSession(model, METHOD, contexts=CONTEXTS, moments=moments_for(model, METHOD.layers), progress=False, value_cache=False)
     start = {name: p.clone() for name, p in model.hf.state_dict().items()}
     done = session.edit(FactList(FACTS[:2]))
-    first = done.residuals().query("step == 0").residual
-    assert sum(done.final_residuals) < 0.5 * first.sum()
+    # what the whole model makes of it is another matter where its blocks are random
+    assert all(sum(u.residual_after) < sum(u.residual_before) for u in done.updates)
     changed = {name for name, p in model.hf.state_dict().items() if not torch.equal(p, start[name])}
     assert changed == {model.weight_name(layer) for layer in METHOD.layers}
     assert session.verify().ok
