@@ -79,7 +79,11 @@ def check_command(words: list[str]) -> None:
         script = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
         assert given <= options_of(ROOT / script), script
     else:
-        command: Any = typer.main.get_command(app).commands[words[1]]  # type: ignore[attr-defined]
+        command: Any = typer.main.get_command(app)
+        for word in words[1:]:
+            if not hasattr(command, "commands"):
+                break
+            command = command.commands[word]
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         assert given <= known, sorted(known)
 
