@@ -13,6 +13,7 @@ import torch
 
 from nse_tools import plots
 from nse_tools.errors import SettingError
+from nse_tools.evaluation.comparison_store import Cell, ComparisonFolder
 from nse_tools.figures.regenerate import RECIPES, compared, figure_data, main, regenerate
 
 ROOT = Path(__file__).parents[2]
@@ -73,16 +74,19 @@ def test_a_changed_result_changes_figure_and_hash(tmp_path: Path) -> None:
 
 
 def test_a_comparison_needs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [("score", m, 0, t, 20 * t, 90.0 - t - i) for i, m in enumerate(("nse", "memit")) for t in (0, 1, 2)]
-    curves = pd.DataFrame([*rows, ("accuracy", "nse", 0, 1, 20, 1.0)], columns=["figure", "method", "seed", "round", "edits", "value"])
-    (tmp_path / "comparison").mkdir()
-    curves.to_csv(tmp_path / "comparison" / "curves.csv", index=False)
-    monkeypatch.setitem(RECIPES, "comparison_score", compared("score", "score"))
+    store = ComparisonFolder.open(tmp_path / "comparison", {"methods": ["nse", "memit"]})
+    for i, method in enumerate(("nse", "memit")):
+        scores = [(t, 1, "a", *[90.0 - t - i] * 3) for t in (0, 1, 2)]
+        rounds = pd.DataFrame([(t, 20 * t, 40.0) for t in (0, 1, 2)], columns=["round", "edits", "perplexity"])
+        columns = ["round", "edited_in_round", "fact", "efficacy", "generalization", "specificity"]
+        store.write(Cell({"name": method}, 0, pd.DataFrame(scores, columns=columns), rounds))
+    monkeypatch.setitem(RECIPES, "comparison_score", compared("score"))
     (file,) = regenerate(tmp_path, tmp_path, ["comparison_score"], pictures=False)
     drawn = json.loads(file.read_text())
-    assert [(t["name"], t["y"]) for t in drawn["data"]] == [("nse", [89, 88]), ("memit", [88, 87])]
-    of_figure = curves[curves.figure == "score"].drop(columns="figure")
-    assert same(figure_data(plots.comparison_curve(of_figure, "score")), {k: drawn[k] for k in ("data", "layout")})
+    assert [(t["name"], t["y"]) for t in drawn["data"]] == [("nse", pytest.approx([89, 88])), ("memit", pytest.approx([88, 87]))]
+    assert sorted(drawn["reads"]) == [f"comparison/cells/{m}-seed0/{f}.csv" for m in ("memit", "nse") for f in ("rounds", "scores")]
+    with pytest.raises(SettingError, match="holds no comparison"):
+        regenerate(tmp_path / "elsewhere", tmp_path, ["comparison_score"], pictures=False)
 
 
 def test_no_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
