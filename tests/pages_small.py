@@ -68,10 +68,13 @@ def stage(folder: Path) -> Iterator[dict[str, Any]]:
         model, method, contexts=CONTEXTS, moments=moments_for(model, method.layers), progress=False, value_cache=False
     )
     facts = nse_tools.known_facts()[:10]
-    loaded = set(sys.modules)
+    loaded = dict(sys.modules)
     with pytest.MonkeyPatch.context() as patch, chdir(folder):
         patch.setattr("nse_tools.models.load_model", lambda *_, **__: build("llama"))
         patch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
         yield {"nse": nse_tools, "model": model, "method": method, "session": session, "facts": facts}
-    for name in [name for name, module in sys.modules.items() if module is None and name not in loaded]:
-        del sys.modules[name]  # what a page made as if it were not installed
+    for name in [name for name, module in sys.modules.items() if module is None]:  # what a page made as if it were not installed
+        if name in loaded:
+            sys.modules[name] = loaded[name]
+        else:
+            del sys.modules[name]

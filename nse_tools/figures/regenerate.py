@@ -99,7 +99,7 @@ def compared(measure: str, facts_of: int | None = None) -> FolderRecipe:
 
 def of_paper(name: str) -> FolderRecipe:
     """Return the recipe of one of the paper's figures, from the stored results of its run."""
-    return FolderRecipe(f"runs/{find_figure(name).run}", lambda place: draw_figure(name, place.parent)[0])
+    return FolderRecipe(f"paper/{find_figure(name).run}", lambda place: draw_figure(name, place.parent)[0])
 
 
 def _digest(file: Path) -> str:
