@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import UNDER, panels, plain, style
+from nse_tools.plots.theme import UNDER, add_line, panels
 
 _SHOWN = {
     "disturbed": "‖later ΔW k‖ / ‖own ΔW k‖, groups of equal size",
@@ -35,23 +35,8 @@ def disturbance(table: pd.DataFrame, groups: int = 5, title: str | None = None) 
     )
     for col, (quantity, name) in enumerate(_SHOWN.items(), start=1):
         for number, (method, own) in enumerate(table.groupby("method", sort=False)):
-            shown, look = disturbance_table(own, quantity, groups), style(number)
-            fig.add_trace(
-                go.Scatter(
-                    x=shown[quantity].tolist(),
-                    y=shown.forgotten.tolist(),
-                    customdata=shown.facts.tolist(),
-                    mode="lines+markers",
-                    name=plain(method),
-                    legendgroup=str(method),
-                    showlegend=col == 1,
-                    line=look["line"],
-                    marker=look["marker"] | {"size": 8},
-                    hovertemplate=f"{plain(method)}: %{{y:.1f}} % of %{{customdata}} facts at %{{x:.3g}}<extra></extra>",
-                ),
-                row=1,
-                col=col,
-            )
+            shown = disturbance_table(own, quantity, groups)
+            add_line(fig, shown[quantity], shown.forgotten, str(method), number, col=col, hover="%{y:.1f} % of the facts at %{x:.3g}")
         fig.update_xaxes(title_text=name, row=1, col=col)
     fig.update_xaxes(type="log", row=1, col=1)
     fig.update_yaxes(title_text="do not hold at the end (percent)", rangemode="tozero", row=1, col=1)

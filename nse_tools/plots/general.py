@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from nse_tools.errors import SettingError
-from nse_tools.plots.theme import COLORS, GUIDE, UNDER, panels, plain, style
+from nse_tools.plots.theme import COLORS, GUIDE, UNDER, add_line, panels, plain
 
 
 def ability_curve(table: pd.DataFrame, edits: Mapping[int, int], title: str | None = None) -> go.Figure:
@@ -35,7 +35,8 @@ def ability_curve(table: pd.DataFrame, edits: Mapping[int, int], title: str | No
     for col, task in enumerate(tasks, start=1):
         own = shown[shown.task == task]
         for number, (method, line) in enumerate(own.groupby("method", sort=False)):
-            _add_line(fig, col, str(method), line.groupby("edits").value.mean() * 100, number)
+            mean = line.groupby("edits").value.mean() * 100
+            add_line(fig, mean.index, mean, str(method), number, col=col, hover="%{x} edits: %{y:.1f}")
         chance = own.chance.iloc[0] * 100
         if chance > 0:
             fig.add_hline(y=chance, line={"color": GUIDE, "dash": "dash"}, annotation_text="chance", row=1, col=col)
@@ -108,22 +109,3 @@ def _add_moves(fig: go.Figure, col: int, before: pd.DataFrame, after: pd.DataFra
             row=1,
             col=col,
         )
-
-
-def _add_line(fig: go.Figure, col: int, method: str, line: pd.Series, number: int) -> None:
-    look = style(number)
-    fig.add_trace(
-        go.Scatter(
-            x=line.index.tolist(),
-            y=line.tolist(),
-            mode="lines+markers",
-            name=plain(method),
-            legendgroup=method,
-            showlegend=col == 1,
-            line=look["line"],
-            marker=look["marker"] | {"size": 7},
-            hovertemplate=f"{plain(method)}, %{{x}} edits: %{{y:.1f}}<extra></extra>",
-        ),
-        row=1,
-        col=col,
-    )

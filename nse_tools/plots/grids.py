@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import UNDER, figure, panels, plain, style
+from nse_tools.plots.theme import UNDER, add_line, figure, panels, plain, style
 
 _NAMES = {
     "score": "Score",
@@ -76,18 +76,7 @@ def against_size(table: pd.DataFrame, measure: str = "score", title: str | None 
     )
     for number, (method, own) in enumerate(table.groupby("method", sort=False)):
         mean = own.groupby("rounds_of")[measure].mean()
-        look = style(number)
-        fig.add_trace(
-            go.Scatter(
-                x=mean.index.tolist(),
-                y=mean.tolist(),
-                mode="lines+markers",
-                name=plain(method),
-                line=look["line"],
-                marker=look["marker"] | {"size": 8},
-                hovertemplate=f"{plain(method)}, rounds of %{{x}}: %{{y:.1f}}<extra></extra>",
-            )
-        )
+        add_line(fig, mean.index, mean, str(method), number, hover="rounds of %{x}: %{y:.1f}")
     ticks = sorted(table.rounds_of.unique().tolist())
     fig.update_xaxes(type="log", tickvals=ticks, ticktext=[str(t) for t in ticks])
     fig.update_yaxes(range=[0, 103])
@@ -114,22 +103,7 @@ def sensitivity(
     fig = panels(title or found, list(tables), width=190 * len(tables) + 120, height=400, gap=0.025)
     for col, own in enumerate(tables.values(), start=1):
         for number, measure in enumerate(measures):
-            look = style(number)
-            fig.add_trace(
-                go.Scatter(
-                    x=own.value.map(plain).tolist(),
-                    y=own[measure].tolist(),
-                    mode="lines+markers",
-                    name=plain(label(measure)),
-                    legendgroup=measure,
-                    showlegend=col == 1,
-                    line=look["line"],
-                    marker=look["marker"] | {"size": 8},
-                    hovertemplate="%{x}: %{y:.1f}<extra>" + plain(label(measure)) + "</extra>",
-                ),
-                row=1,
-                col=col,
-            )
+            add_line(fig, own.value.map(plain), own[measure], label(measure), number, col=col, hover="%{x}: %{y:.1f}")
         fig.update_xaxes(type="category", row=1, col=col)
         fig.update_yaxes(range=[0, 103], showticklabels=col == 1, title_text="percent" if col == 1 else "", row=1, col=col)
     return fig.update_layout(legend=UNDER)

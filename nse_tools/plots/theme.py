@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -129,6 +129,26 @@ def style(number: int) -> dict[str, dict[str, str]]:
     """Return line and marker of the ``number``-th series: seven colours, then other dashes; markers differ before colours repeat."""
     line = {"color": COLORS[number % len(COLORS)], "dash": DASHES[number // len(COLORS) % len(DASHES)]}
     return {"line": line, "marker": {"symbol": MARKERS[number % len(MARKERS)]}}
+
+
+def add_line(fig: go.Figure, x: Iterable[Any], y: Iterable[Any], name: str, number: int, *, col: int | None = None, hover: str) -> None:
+    """Add the ``number``-th of several named lines with marks; in panels, the line of a name has one entry in the legend."""
+    look, shown = style(number), plain(name)
+    fig.add_trace(
+        go.Scatter(
+            x=list(x),
+            y=list(y),
+            mode="lines+markers",
+            name=shown,
+            legendgroup=shown,
+            showlegend=col in (None, 1),
+            line=look["line"],
+            marker=look["marker"] | {"size": 8},
+            hovertemplate=f"{hover}<extra>{shown}</extra>",
+        ),
+        row=None if col is None else 1,
+        col=col,
+    )
 
 
 def fact_texts(source: object) -> dict[str, str]:
