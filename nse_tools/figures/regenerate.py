@@ -130,6 +130,7 @@ RECIPES: dict[str, Recipe | FolderRecipe] = {
     ),
     "search_speed": Recipe(("bench/value_search.csv",), plots.search_speed),
     "round_seconds": Recipe(("bench/rounds_flat.csv",), plots.round_seconds),
+    "cluster_scaling": Recipe(("bench/cluster_simulation.csv",), plots.cluster_scaling),
     "anatomy": of_paper("anatomy"),
 }
 """Name → recipe. A comparison's curve is one line: ``"comparison_score": compared("score")``."""
