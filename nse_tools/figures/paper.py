@@ -75,12 +75,10 @@ def draw_figure(name: str, folder: str | Path) -> tuple[go.Figure, pd.DataFrame]
 
 
 # ---- one run's comparison --------------------------------------------------------------------------------------------
-def _curve(
-    measure: str, facts_of: int | None = None, run: str = "sequence"
-) -> tuple[Callable[[Parts], pd.DataFrame], Callable[[Parts], go.Figure]]:
+def _curve(measure: str, facts_of: int | None = None) -> tuple[Callable[[Parts], pd.DataFrame], Callable[[Parts], go.Figure]]:
     return (
-        lambda parts: parts[run].curve(measure, facts_of),
-        lambda parts: plots.comparison_curve(parts[run], measure, facts_of),
+        lambda parts: parts["sequence"].curve(measure, facts_of),
+        lambda parts: plots.comparison_curve(parts["sequence"], measure, facts_of),
     )
 
 

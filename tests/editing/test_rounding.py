@@ -41,10 +41,10 @@ def bits(session: EditSession) -> list[bytes]:
     return [bytes_of(p) for p in session.model.hf.state_dict().values()]
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize(("dtype", "keep"), [*((dtype, None) for dtype in (*HALF, torch.float32)), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_every_verb_holds_bit_for_bit(rounding: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    session = session_of(rounding, dtype, autosave=tmp_path / "kept")
+def test_every_verb_holds_bit_for_bit(rounding: str, dtype: torch.dtype, keep: int | None, tmp_path: Path) -> None:
+    session = session_of(rounding, dtype, autosave=tmp_path / "kept", keep=keep)
     states = [bits(session)]
     for batch in BATCHES:
         session.edit(batch)

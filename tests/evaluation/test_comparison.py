@@ -23,6 +23,7 @@ from nse_tools.evaluation import Comparison, compare, comparing, forgetting_matr
 from nse_tools.evaluation.comparing import rounds_to_test
 from nse_tools.evaluation.comparison_store import Cell, sketch
 from nse_tools.facts import Fact, FactList
+from nse_tools.models.executors import LocalExecutor
 from nse_tools.models.weights import digest_of
 from nse_tools.tracing import sample_contexts, second_moments
 
@@ -478,6 +479,8 @@ def test_further_tables_are_taken_after_each_tested_round_and_kept_with_the_cell
     for again in (run([NSE, MEMIT], seeds=(0, 1), **options), load_comparison(tmp_path)):
         pd.testing.assert_frame_equal(again.also["growth"], table)
     assert contents(tmp_path / "cells") == before
+    elsewhere = run([NSE, MEMIT], seeds=(0, 1), executor=LocalExecutor(), **{**options, "folder": None})
+    pd.testing.assert_frame_equal(elsewhere.also["growth"], table, rtol=1e-5)
     with pytest.raises(SettingError, match="also is"):
         run([NSE], rounds_of=1, test_at=[2], folder=tmp_path)
 
