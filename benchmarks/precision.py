@@ -28,6 +28,8 @@ from nse_tools import (
     sample_contexts,
     second_moments,
 )
+from nse_tools.evaluation import round_scores
+from nse_tools.evaluation.scores import REWRITE
 from nse_tools.tracing import Contexts, SecondMoments
 
 RUNS = [
@@ -67,8 +69,8 @@ def run(
                 "drift": drift(session),
             }
         )
-    scores = session.scores(round=len(session), with_perplexity=False).iloc[0]
-    rows[-1] |= {"efficacy": scores.efficacy, "accuracy": scores.efficacy_accuracy}
+    answers = round_scores(session, len(session), sum(batches[1:], start=batches[0]), kinds=(REWRITE,)).per_fact()
+    rows[-1] |= {"efficacy": 100 * answers.efficacy.mean(), "accuracy": 100 * answers.efficacy_accuracy.mean()}
     session.rewind(to=0)
     return rows
 

@@ -1,4 +1,4 @@
-"""Peak resident memory of the steps of a round on a wide random model, in a process of its own: what a plan is compared with."""
+"""Peak resident memory of the steps of a round, each in a process of its own: what a plan is compared with."""
 
 from __future__ import annotations
 
@@ -41,24 +41,28 @@ def config_of(sizes: dict[str, int]) -> Any:
 
 
 def model_of(sizes: dict[str, int]) -> Any:
-    """Build and wrap it."""
+    """Build and wrap it, or load the embedded model where no sizes but the number of facts are given."""
     from transformers import AutoModelForCausalLM
 
     from models_small import tokenizer
-    from nse_tools.models import EditableModel
+    from nse_tools.models import EditableModel, load_model
 
+    if "d_model" not in sizes:
+        return load_model(progress=False)
     torch.manual_seed(0)
     return EditableModel(AutoModelForCausalLM.from_config(config_of(sizes)).float().eval(), tokenizer(), name="wide")
 
 
 def inputs_of(sizes: dict[str, int]) -> tuple[Any, Any, Any]:
     """Return facts, contexts and method."""
-    from nse_tools.editing import Method
+    from nse_tools.editing import Method, methods
     from nse_tools.facts import Fact, FactList
     from nse_tools.tracing import Contexts
 
     facts = [Fact(f"f{i}", f"{SUBJECTS[i % 6]} {i}", "I think that {} is in the city of", TARGETS[i % 8]) for i in range(sizes["facts"])]
     contexts = Contexts(("", *(f"{word} is in the city of Paris and I am. " for word in CONTEXTS_OF)))
+    if "d_model" not in sizes:
+        return FactList(facts), contexts, methods.nse(v_num_grad_steps=3)
     method = Method("nse", tuple(range(sizes["edited"])), v_num_grad_steps=3, mom2_update_weight=100.0)
     return FactList(facts), contexts, method
 
@@ -107,7 +111,7 @@ def _all_steps(sizes: dict[str, int]) -> dict[str, float]:
     session = EditSession(model, method, contexts=contexts, moments=statistics, progress=False, value_cache=False)
     _, third = _peak(lambda: session.edit(facts, values))
     rounds = {"load": load, "statistics": first, "values": second, "update": third}
-    if 12 * len(facts) >= sizes["d_ff"]:  # the next round's old keys are many
+    if 12 * len(facts) >= model.d_ff:  # the next round's old keys are many
         _, rounds["update after many"] = _peak(lambda: session.edit(facts, values))
     return rounds
 

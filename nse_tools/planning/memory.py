@@ -128,8 +128,12 @@ def values(shape: Shape, work: Workload, itemsize: int) -> list[Part]:
 
 
 def _activations(shape: Shape) -> tuple[int, int]:
-    """Return numbers kept for the way back per token and layer, and those of the layer that is being passed through."""
-    return 9 * shape.d_model + (3 if shape.gated else 5) * shape.d_ff, 4 * shape.d_ff
+    """Return numbers kept for the way back per token and layer, and those of the layer that is being passed through.
+
+    Kept are the stream before attention and before the MLP, queries, keys and values, and what the MLP multiplies.
+    """
+    attention = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
+    return 2 * shape.d_model + attention + (3 if shape.gated else 5) * shape.d_ff, 4 * shape.d_ff
 
 
 def _copies_of_logits(itemsize: int) -> int:
@@ -158,6 +162,7 @@ def update(shape: Shape, work: Workload, itemsize: int, *, old_keys: int, share_
         Part("update", "λC + H and its factors, float64", "host", _solving(n, summed, share_factor) * square, turn="solve"),
         Part("update", "factors of the layers before, float64", "host", (n - 1) * square if own else 0.0, turn="run"),
         Part("update", "forward of a batch of rows", "device", forward, turn="run"),
+        Part("update", "W, ΔW, their sum and what rounding it loses, float64", "host", 6 * 8 * width, turn="apply"),
         Part("update", "copies of the edited weights, to go back to", "host", n * width * itemsize),
         Part("update", "states of the facts' rows", "device", 2 * rows * shape.d_model * itemsize),
     ]

@@ -153,7 +153,8 @@ def _accumulate(
                 saved = done
                 _save({**{str(la): s for la, s in sums.items()}, "done": torch.tensor(done)}, checkpoint, {})
     total = corpus.n_tokens
-    return SecondMoments({layer: (s / total).float() for layer, s in sums.items()}, total, corpus.source)
+    # a layer's sum is given back as its C is made, so that both are never there for all layers
+    return SecondMoments({layer: sums.pop(layer).div_(total).float() for layer in layers}, total, corpus.source)
 
 
 Products = Iterable[tuple[int, Tensor]]

@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from kept_small import many_facts
 from models_small import CONTEXTS, build_hf, moments_for, tokenizer
 from nse_tools import load_model
-from nse_tools.editing import EditSession, Method
+from nse_tools.editing import EditSession, Method, compute_values
 from nse_tools.errors import MissingPackageError, ModelError
 from nse_tools.models import EditableModel
 from nse_tools.models.placement import dequantised, is_quantised
@@ -70,6 +70,30 @@ def test_a_quantised_model_is_edited(kind: str, folder: Path) -> None:
     assert torch.equal(model.weight(0), read)
     again = load_model(folder, quantization_config=CONFIGS[kind](), dtype=torch.float32, progress=False)
     assert again.fingerprint() == before
+
+
+class RoundedInputs(nn.Linear):
+    """A linear layer that rounds what it is given to 8 bits, by the largest entry of the whole batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step = x.detach().abs().max() / 127
+        rounded = (x.detach() / step).round() * step
+        return super().forward(x + (rounded - x.detach()))  # the gradient passes
+
+
+def test_a_model_whose_states_depend_on_the_batch_is_edited() -> None:
+    hf = build_hf("llama", vocab=len(tokenizer()))
+    for layer in hf.model.layers:
+        layer.mlp.gate_proj.__class__ = RoundedInputs
+    model = EditableModel(hf, tokenizer(), name="rounds its inputs")
+    with torch.no_grad():
+        ids = torch.randint(5, 300, (8, 12), generator=torch.Generator().manual_seed(0))
+        alone, together = model.hf(ids[:1]).logits[0], model.hf(ids).logits[0]
+    assert (alone - together).norm() > 1e-3 * alone.norm()  # else this is an ordinary model
+    found = compute_values(model, FACTS, CONTEXTS, METHOD)
+    assert len(found.trace) == 3 * len(FACTS)
+    first = found.trace.groupby("fact").loss.agg(["first", "last"])
+    assert (first["last"] < first["first"]).all()
 
 
 def test_what_nobody_can_dequantise_is_refused_and_named() -> None:

@@ -65,6 +65,7 @@ MODELS = [
     {"d_model": 256, "d_ff": 3072, "layers": 4, "facts": 24, "edited": 2},
     {"d_model": 512, "d_ff": 2048, "layers": 8, "facts": 24, "edited": 3, "vocab": 30000},
 ]
+EMBEDDED = {"facts": 12}
 MANY = {"d_model": 64, "d_ff": 2048, "layers": 3, "facts": 172, "edited": 2}
 
 
@@ -82,7 +83,7 @@ def planned_bytes(sizes: dict[str, int], step: str, rounds: int = 1) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks of resident memory are read from /proc")
-@pytest.mark.parametrize("sizes", MODELS, ids=["wide", "large vocabulary"])
+@pytest.mark.parametrize("sizes", [*MODELS, EMBEDDED], ids=["wide", "large vocabulary", "embedded"])
 def test_memory_of_each_step_is_within_a_fifth_of_what_is_measured(sizes: dict[str, int]) -> None:
     measured = wide.measured(sizes)
     planned = {step: planned_bytes(sizes, step) for step in ("statistics", "values", "update")}
