@@ -2,6 +2,7 @@
 
     python benchmarks/report.py --results docs/results/bench
     python benchmarks/report.py --page docs/scaling.md --names cluster cluster_simulation
+    python benchmarks/report.py --page docs/placement.md --names precision
 
 Between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` the summary of NAME.csv is put, as the benchmark itself prints it,
 below a line that says on what machine it was measured. A table without a csv file is left as it is.
