@@ -126,6 +126,7 @@ def compare(
     test_at: Annotated[str, typer.Option(help="Test after every k-th round (a number), or after these (with commas).")] = "1",
     shuffle: Annotated[bool, typer.Option(help="Shuffle the facts with each seed.")] = False,
     skip: Annotated[int, typer.Option(help="Leave out the first facts.")] = 0,
+    contexts: Annotated[int, typer.Option(help="How many contexts besides the bare prompt; fewer take less time.", min=0, max=5)] = 5,
     preset: Preset = "smollm2-135m",
     change: Settings = None,
 ) -> None:
@@ -134,6 +135,7 @@ def compare(
     from nse_tools.evaluation import compare
     from nse_tools.figures import save_comparison
     from nse_tools.models import load_model
+    from nse_tools.tracing.contexts import STARTERS
 
     with errors_in_one_line():
         settings = {"preset": None if preset == "none" else preset, **settings_of(change or [])}
@@ -150,6 +152,7 @@ def compare(
             folder=out,
             test_at=tested if "," in test_at else tested[0],
             shuffle=shuffle,
+            starters=STARTERS[:contexts],
         )
         files = save_comparison(result, out)
     console.print(comparison_table(result))

@@ -28,7 +28,8 @@ def test_batched_scores_equal_one_by_one(name: str, kind: str) -> None:
 
 def test_batched_scores_equal_one_by_one_on_the_embedded_model(smollm: EditableModel) -> None:
     for (prompt, target), one in zip(PAIRS, score_continuations(smollm, PAIRS), strict=True):
-        assert one.nll == pytest.approx(one_by_one(smollm, prompt, target)[0], rel=1e-5, abs=1e-5)
+        # float32 through thirty layers: how far batches round otherwise differs with the processor, 2e-5 was seen
+        assert one.nll == pytest.approx(one_by_one(smollm, prompt, target)[0], rel=1e-5, abs=1e-4)
 
 
 def test_padding_side_of_the_tokenizer_does_not_matter() -> None:
