@@ -1,9 +1,12 @@
-"""What a result's last bits can depend on beside its settings: versions of libraries, and the machine."""
+"""Where a result comes from beside its settings: versions of libraries, the machine, the command."""
 
 from __future__ import annotations
 
 import platform
+import shlex
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -21,3 +24,10 @@ def machine() -> dict[str, str]:
         "processor": platform.machine(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def command() -> str | None:
+    """Return the ``nse-tools`` command that this process runs; None in a notebook or another program."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "nse-tools" or program.parts[-3:] == ("nse_tools", "cli", "__main__.py")
+    return shlex.join(["nse-tools", *sys.argv[1:]]) if ours else None

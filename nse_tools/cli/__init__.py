@@ -14,18 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nse_tools.cli import figures, planning, sharing, streaming
-from nse_tools.cli.shell import (
-    Facts,
-    Model,
-    Preset,
-    Settings,
-    console,
-    errors_in_one_line,
-    note_command,
-    numbers_of,
-    settings_of,
-    stream_of,
-)
+from nse_tools.cli.shell import Facts, Model, Preset, Settings, console, errors_in_one_line, numbers_of, settings_of, stream_of
 from nse_tools.errors import NSEError
 
 if TYPE_CHECKING:
@@ -142,7 +131,6 @@ def compare(
         chosen = [known_methods.get(name.strip(), **settings) for name in methods.split(",")]
         stream = stream_of(facts)
         tested, numbers = numbers_of("--test-at", test_at), numbers_of("--seeds", seeds)
-        note_command(out)
         result = compare(
             load_model(model),
             stream[skip : skip + n],

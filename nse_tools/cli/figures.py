@@ -10,18 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from nse_tools.cli.shell import (
-    Facts,
-    Model,
-    Preset,
-    Settings,
-    console,
-    errors_in_one_line,
-    note_command,
-    numbers_of,
-    settings_of,
-    stream_of,
-)
+from nse_tools.cli.shell import Facts, Model, Preset, Settings, console, errors_in_one_line, numbers_of, settings_of, stream_of
 
 commands = typer.Typer(help="The paper's experiments: run them, draw them from what is stored.", no_args_is_help=True)
 
@@ -74,7 +63,6 @@ def run(
             usual.seeds if seeds is None else tuple(numbers_of("--seeds", seeds)),
             usual.tests if tests is None else tests,
         )
-        note_command(out / chosen.name)
         made = make_run(
             chosen.name,
             load_model(model),

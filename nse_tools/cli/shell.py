@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,17 +68,6 @@ def numbers_of(option: str, text: str) -> list[int]:
     if not numbers or not all(re.fullmatch(r"-?\d+", number) for number in numbers):
         raise NSEError(f"{option} {text}: expected whole numbers, with commas.")
     return [int(number) for number in numbers]
-
-
-def note_command(folder: Path) -> None:
-    """Add the command that is being run to ``commands.txt`` in the folder of its results, where it is not there yet."""
-    from nse_tools.figures.folders import make_folder
-
-    file = make_folder(folder) / "commands.txt"
-    command = shlex.join(["nse-tools", *sys.argv[1:]])
-    known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    if command not in known:
-        file.write_text("\n".join([*known, command]) + "\n", encoding="utf-8")
 
 
 def print_table(frame: pd.DataFrame) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from nse_tools._origin import machine, versions
+from nse_tools._origin import command, machine, versions
 from nse_tools.editing import EditSession, Method, ValueCache, methods
 from nse_tools.errors import EditError, FactError, SettingError, StateError
 from nse_tools.evaluation.comparison import UNEDITED, Comparison
@@ -222,6 +222,7 @@ class _Run:
                 "corpus": self.corpus.fingerprint() if self.corpus else "sampled from the model with each seed",
                 "versions": versions(),
                 "machine": machine(),
+                "commands": [own] if (own := command()) else [],
                 "methods": [method.name for method in self.methods],
                 **({"starters": list(self.starters)} if self.starters != STARTERS else {}),
                 **({"also": sorted(self.also)} if self.also else {}),

@@ -23,7 +23,9 @@ from nse_tools.models.storage import digest_of_bytes, write_durably, write_folde
 _log = logging.getLogger(__name__)
 
 MANIFEST, ABOUT, SCORES, ROUNDS = "comparison.json", "cell.json", "scores.csv", "rounds.csv"
-RECORDED = ("methods", "model", "machine")
+COLLECTED = ("methods", "commands")
+"""Entries of the manifest to which a comparison that goes on adds its own."""
+RECORDED = (*COLLECTED, "model", "machine")
 """Entries of the manifest that are written down and may differ when a comparison goes on."""
 
 
@@ -74,7 +76,7 @@ class ComparisonFolder:
 
     @classmethod
     def open(cls, path: Path | str, about: Mapping[str, Any]) -> ComparisonFolder:
-        """Make the folder, or go on with one whose comparison is the same; note the methods in it.
+        """Make the folder, or go on with one whose comparison is the same; note its methods and command.
 
         Raises
         ------
@@ -82,7 +84,7 @@ class ComparisonFolder:
             If the folder holds a comparison of other facts, another model or other settings; it says which.
         """
         store, asked = cls(path), plain(about)
-        known: list[str] = []
+        known: dict[str, list[str]] = {}
         if (store.path / MANIFEST).exists():
             there = store.about()
             differing = _differences({**there, **{k: asked.get(k) for k in RECORDED}}, asked)
@@ -90,8 +92,9 @@ class ComparisonFolder:
                 raise SettingError(
                     f"{store.path} holds another comparison: {differing}. Ask for the same again to go on with it, or give another folder."
                 )
-            known = there["methods"]
-        write_durably(store.path / MANIFEST, _json({**asked, "methods": list(dict.fromkeys([*known, *asked["methods"]]))}).encode())
+            known = {name: there.get(name, []) for name in COLLECTED}
+        collected = {name: list(dict.fromkeys([*known.get(name, []), *asked.get(name, [])])) for name in COLLECTED}
+        write_durably(store.path / MANIFEST, _json({**asked, **collected}).encode())
         return store
 
     def about(self) -> dict[str, Any]:

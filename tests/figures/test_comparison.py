@@ -64,12 +64,16 @@ def test_the_shell_compares_writes_and_reads_again(place: Path) -> None:
 
 
 def test_fewer_contexts_and_the_command_are_noted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["nse-tools", "compare", "--contexts", "1"])
-    assert invoke(place, "--contexts", "1", "--out", str(place / "short"), methods="nse").exit_code == 0
+    for asked in ("--contexts 1", "--contexts 1", "--contexts 1 --methods nse"):  # twice the same is noted once
+        monkeypatch.setattr("sys.argv", ["/somewhere/nse-tools", "compare", *asked.split()])
+        assert invoke(place, "--contexts", "1", "--out", str(place / "short"), methods="nse").exit_code == 0
     noted = json.loads((place / "short" / "seeds" / "seed0.json").read_text(encoding="utf-8"))
     assert len(noted["contexts"]) == 2
     assert noted["contexts"][0] == ""
-    assert (place / "short" / "commands.txt").read_text(encoding="utf-8") == "nse-tools compare --contexts 1\n"
+    assert load_comparison(place / "short").about["commands"] == [
+        "nse-tools compare --contexts 1",
+        "nse-tools compare --contexts 1 --methods nse",
+    ]
 
 
 @pytest.mark.parametrize(
