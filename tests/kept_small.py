@@ -38,6 +38,7 @@ METHODS = {
     "rome": ONE_LAYER.with_(name="rome", solver="rank_one", use_history=False, values_under="current"),
     "ft": ONE_LAYER.with_(name="ft", solver="gradient", ft_num_steps=3, ft_lr=1e-2),
     "ends": METHOD.with_(name="ends", spread="ends"),
+    "replay": METHOD.with_(name="replay", spread="replay"),
     "anchored": METHOD.with_(name="anchored", norm_anchor=True, v_stop_at_argmax=1),
 }
 TARGETS = ("Berlin", "Rome", "Paris", "piano", "French", "Italy", "Japan", "Brazil")

@@ -203,6 +203,12 @@ class Reference:
             norms.append(float(self.run(ids, see=layer)[1][place].norm()))
         return sum(norms) / len(norms)
 
+    @torch.no_grad()
+    def replayed(self, fact: Any, first: int, layer: int, z_first: Tensor) -> Tensor:
+        """h^layer of the bare prompt at the subject's last token when h^first there is z_first."""
+        ids, place, _ = self.locate(fact.prompt, fact.subject)
+        return self.run(ids, add=(first, place, z_first - self.hidden(fact, first)), see=layer)[1][place]
+
     # ---- steps 2 to 4 ------------------------------------------------------------------------------------------------
     def round(
         self,
@@ -217,11 +223,20 @@ class Reference:
     ) -> dict[str, Any]:
         """One whole round; changes the weights. ``history`` maps a layer to H and is brought up to date.
 
-        ``z_first``: targets at the first layer, where it has its own. ``originals``: W₀, where growth is held back.
+        ``z_first``: targets at the first layer, where it has its own. ``originals``: W₀, where growth is held back or targets are replayed.
         """
         layers, last = method.layers, method.layers[-1]
         if method.spread == "ends":
             layers = (layers[0], last)
+        own_z = {layers[0]: z_first, last: z}
+        if method.spread == "replay":
+            now = {layer: self.weight(layer).clone() for layer in layers}
+            for layer in layers if method.values_under == "original" else ():
+                self.weight(layer).copy_(originals[layer])
+            for layer in layers[1:]:
+                own_z[layer] = torch.stack([self.replayed(f, layers[0], layer, z_first[j]) for j, f in enumerate(facts)])
+            for layer in layers:
+                self.weight(layer).copy_(now[layer])
         fates, chosen, residuals_seen, unit = [], [], [], None
         for _ in range(method.passes):
             norms = [float((z[j] - self.hidden(f, last)).norm()) for j, f in enumerate(facts)]
@@ -235,9 +250,8 @@ class Reference:
                 residual = torch.stack([z[j] - self.hidden(facts[j], last) for j in range(len(facts))])
                 residuals_seen.append(residual.norm(dim=1))
                 share = residual[taken] / (len(layers) - place)
-                if method.spread == "ends":
-                    own_z = z_first if layer == layers[0] else z
-                    share = torch.stack([own_z[j] - self.hidden(facts[j], layer) for j in taken])
+                if method.spread != "even":
+                    share = torch.stack([own_z[layer][j] - self.hidden(facts[j], layer) for j in taken])
                 keys = torch.stack([self.key(facts[j], prefixes, layer) for j in taken])
                 scores = score(keys, method.neuron_score, moments[layer].double(), self.weight(layer))
                 neurons = sorted(select(scores.sum(0), method.neuron_threshold, method.selection_rule))

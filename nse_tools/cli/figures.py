@@ -44,8 +44,11 @@ def run(
     rounds_of: Annotated[int | None, typer.Option(help="Facts in a round.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, with commas.")] = None,
     tests: Annotated[int | None, typer.Option(help="After how many rounds, evenly spread, all facts so far are tested.")] = None,
+    contexts: Annotated[
+        int | None, typer.Option(help="How many contexts besides the bare prompt; fewer take less time.", min=0, max=5)
+    ] = None,
     as_in_paper: Annotated[bool, typer.Option(help="The paper's sizes instead of those for the embedded model.")] = False,
-    only: Annotated[str | None, typer.Option(help="Only these of its methods, with commas; others can follow later.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this of its methods (may be repeated); others can follow later.")] = None,
     preset: Preset = "smollm2-135m",
     change: Settings = None,
 ) -> None:
@@ -62,6 +65,7 @@ def run(
             usual.rounds_of if rounds_of is None else rounds_of,
             usual.seeds if seeds is None else tuple(numbers_of("--seeds", seeds)),
             usual.tests if tests is None else tests,
+            usual.contexts if contexts is None else contexts,
         )
         made = make_run(
             chosen.name,
@@ -71,7 +75,7 @@ def run(
             size=size,
             preset=None if preset == "none" else preset,
             settings=settings_of(change or []),
-            only=[word.strip() for word in only.split(",")] if only else None,
+            only=only,
         )
     for part, result in made.items():
         console.print(f"[bold]{escape(part)}[/bold]: {escape(repr(result))}")

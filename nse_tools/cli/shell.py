@@ -23,7 +23,11 @@ console = Console()
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a hub id, a folder or a .gguf file.")]
 Facts = Annotated[
-    str, typer.Option(help="'world' (facts the embedded model knows first), or a JSON file of CounterFact, zsRE or our own schema.")
+    str,
+    typer.Option(
+        help="'world' (facts the embedded model knows first), 'world-development' or 'world-test' (every fourth of them; the others), "
+        "or a JSON file of CounterFact, zsRE or our own schema."
+    ),
 ]
 Preset = Annotated[str, typer.Option(help="Preset of all methods, or 'none' (then --set layers=…).")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting of all methods: name=value, value as in JSON.")]
@@ -43,9 +47,11 @@ class errors_in_one_line:  # noqa: N801  (used like a function)
 
 def stream_of(facts: str) -> FactList:
     """Return the facts that an option names."""
-    from nse_tools.facts import load_facts, world_by_knowledge
+    from nse_tools.facts import load_facts, world_by_knowledge, world_split
 
-    return world_by_knowledge() if facts == "world" else load_facts(facts)
+    if facts == "world":
+        return world_by_knowledge()
+    return world_split(facts.removeprefix("world-")) if facts.startswith("world-") else load_facts(facts)
 
 
 def settings_of(changes: list[str]) -> dict[str, Any]:

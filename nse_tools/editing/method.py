@@ -18,7 +18,7 @@ Rule = Literal["reach", "not_exceed"]
 Unit = Literal["absolute", "relative"]
 Solver = Literal["least_squares", "null_space", "rank_one", "gradient"]
 Score = Literal["key", "key_by_moment", "key_by_column"]
-Spread = Literal["even", "ends"]
+Spread = Literal["even", "ends", "replay"]
 Multiplier = Literal["none", "null_space", "off_top"]
 Rounding = Literal["nearest", "stochastic", "master"]
 
@@ -67,9 +67,10 @@ class Method:
         A fact takes part in a pass if alpha < ‖r‖ < upper_bound.
     band_unit : {"absolute", "relative"}
         Unit of the band: the model's hidden states, or the round's mean ‖z − h‖ before its first update.
-    spread : {"even", "ends"}
-        How the residual is spread over the layers: each layer takes its share of what is left at layer L (MEMIT), or only the
-        first and the last layer are edited, each fully towards a target of its own (BLUE, arXiv 2502.03748).
+    spread : {"even", "ends", "replay"}
+        How the residual is spread over the layers: each layer takes its share of what is left at layer L (MEMIT); only the
+        first and the last layer are edited, each fully towards a target of its own (BLUE, arXiv 2502.03748); or every layer
+        fully towards its own, all read from one forward pass with the first layer's value (arXiv 2605.00358).
     use_history : bool
         Whether the keys of earlier rounds are kept in place (H).
     mom2_update_weight : float
@@ -198,7 +199,12 @@ class Method:
     @property
     def edited_layers(self) -> tuple[int, ...]:
         """The layers whose weights change: all of ``layers``, or the first and the last of them."""
-        return self.layers if self.spread == "even" else tuple(sorted({self.layers[0], self.last_layer}))
+        return tuple(sorted({self.layers[0], self.last_layer})) if self.spread == "ends" else self.layers
+
+    @property
+    def seeks_first(self) -> bool:
+        """Whether values are sought at the first layer too (``"ends"``) or instead (``"replay"``)."""
+        return self.spread != "even" and len(self.layers) > 1
 
     def with_(self, **changes: Any) -> Method:
         """Return a copy with some settings changed.

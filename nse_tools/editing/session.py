@@ -20,6 +20,7 @@ from nse_tools.editing.history import KeyHistory
 from nse_tools.editing.method import Method
 from nse_tools.editing.past import Past
 from nse_tools.editing.preview import EditPreview, preview_edit
+from nse_tools.editing.replayed import replayed_values
 from nse_tools.editing.rome import write_one_by_one
 from nse_tools.editing.rounds import EditRound, Replaced
 from nse_tools.editing.time_travel import TimeTravel
@@ -337,12 +338,13 @@ class EditSession(TimeTravel):
                 model, method, facts, values, *inputs, bases=self._bases[1], cache=self.value_cache, executor=self.executor, **shown
             )
         where: dict[str, Any] = {"cache": self.value_cache, "executor": self.executor}
-        if values is None:
-            with watch.time("values"):
-                values = compute_values(model, facts, self.contexts, method, progress=self.progress, **where)
         first = None
-        if method.spread == "ends" and len(method.edited_layers) > 1:
-            with watch.time("values"):
+        with watch.time("values"):
+            if method.seeks_first:
                 at_first = method.with_(layers=method.layers[:1])
                 first = compute_values(model, facts, self.contexts, at_first, progress=self.progress, **where)
+            if values is None and first is not None and method.spread == "replay":
+                values = replayed_values(model, facts, method, first)
+            if values is None:
+                values = compute_values(model, facts, self.contexts, method, progress=self.progress, **where)
         return values, write_values(model, method, facts, values, *inputs, first_values=first, bases=self._bases[1], **shown)

@@ -17,6 +17,7 @@ from nse_tools.editing.keys import FactStates, Keys
 from nse_tools.editing.method import Method
 from nse_tools.editing.neurons import select_neurons
 from nse_tools.editing.null_space import NullSpace, ProjectedMoments
+from nse_tools.editing.replayed import replayed_targets
 from nse_tools.editing.restraints import compress_growth, restrain
 from nse_tools.editing.rounds import ABOVE, BELOW, TAKEN, EditPass, LayerStep
 from nse_tools.editing.solvers import PreservedMoments, solve_update
@@ -94,7 +95,7 @@ def write_values(
     history : KeyHistory
         Keys of earlier rounds; not changed here.
     first_values : TargetValues, optional
-        The facts' values at the first layer, where the method edits the first and the last layer with a target each.
+        The facts' values at the first layer, where the method has targets there (:attr:`Method.seeks_first`).
     bases : mapping of int to PreservedMoments, optional
         λC of every edited layer (:func:`preserved_moments`), whose factors a sequence of rounds can share.
     writer : Writer, optional
@@ -118,7 +119,7 @@ def write_values(
     """
     watch, writer = watch or Stopwatch(), writer or Writer(model, method.rounding)
     layers, last = method.edited_layers, method.last_layer
-    targets = _targets(method, values, first_values)
+    targets = _targets(model, method, facts, values, first_values)
     model.originals.keep(layers)
     with watch.time("states"):
         states = FactStates.record(model, facts, contexts, layers[0], last)
@@ -170,18 +171,20 @@ def compress_weights(writer: Writer, method: Method, watch: Stopwatch) -> tuple[
     return tuple(done)
 
 
-def _targets(method: Method, values: TargetValues, first_values: TargetValues | None) -> dict[int, tuple[int, Tensor]]:
+def _targets(
+    model: EditableModel, method: Method, facts: FactList, values: TargetValues, first_values: TargetValues | None
+) -> dict[int, tuple[int, Tensor]]:
     """Return for each edited layer at which layer its residual is read, and the target there."""
-    targets = dict.fromkeys(method.edited_layers, (method.last_layer, values.z))
-    first = method.layers[0]
-    if method.spread == "ends" and len(targets) > 1:
-        if first_values is None or first_values.layer != first or first_values.fact_ids != values.fact_ids:
-            raise SettingError(
-                f"spread='ends' needs first_values, the same facts' values at layer {first}: "
-                f"compute_values(…, method.with_(layers=({first},), spread='even'))."
-            )
-        targets[first] = (first, first_values.z)
-    return targets
+    last, first = (method.last_layer, values.z), method.layers[0]
+    if not method.seeks_first:
+        return dict.fromkeys(method.edited_layers, last)
+    if first_values is None or first_values.layer != first or first_values.fact_ids != values.fact_ids:
+        raise SettingError(
+            f"spread={method.spread!r} needs first_values, the same facts' values at layer {first}: "
+            f"compute_values(…, method.with_(layers=({first},), spread='even'))."
+        )
+    own = replayed_targets(model, facts, method, first_values) if method.spread == "replay" else {first: first_values.z}
+    return {layer: (layer, own[layer]) for layer in method.edited_layers[:-1]} | {method.last_layer: last}
 
 
 def _one_pass(
@@ -222,7 +225,7 @@ def _one_pass(
                 own[rows],
                 preserved[layer],
                 selection,
-                layers_left=1 if method.spread == "ends" else len(targets) - place,
+                layers_left=len(targets) - place if method.spread == "even" else 1,
                 max_condition=method.max_condition,
             )
             update = restrain(update, keys, method, weight, preserved[layer].space)

@@ -179,7 +179,7 @@ def _by_batch(
     executor: Executor,
 ) -> Iterator[TargetValues]:
     """Yield the values of each batch as found or held; batches held as a whole go to no worker."""
-    with _weights(model, method):
+    with weights_of_values(model, method):
         common = identify_common(model, contexts, method, whole) if cache is not None else None
     shared = executor.share((contexts, method, whole))
     parts = (_Part.look_up(model, batch, contexts, common, cache) for batch in in_batches(facts, executor.batch_facts))
@@ -214,11 +214,12 @@ def _search_job(model: EditableModel, shared: tuple[Contexts, Method, bool], fac
     """Search for the values of a batch, on whatever machine."""
     contexts, method, whole = shared
     rows = search_rows(model, facts, contexts)
-    with _weights(model, method), model.running():
+    with weights_of_values(model, method), model.running():
         return _search(model, facts, rows, method, whole, progress=False)
 
 
-def _weights(model: EditableModel, method: Method) -> AbstractContextManager[None]:
+def weights_of_values(model: EditableModel, method: Method) -> AbstractContextManager[None]:
+    """Run the model under the weights that the method seeks values under."""
     return model.original_weights() if method.values_under == "original" else nullcontext()
 
 
@@ -273,7 +274,7 @@ def _values(
     cache: ValueCache | None,
 ) -> TargetValues:
     rows = search_rows(model, facts, contexts)
-    with _weights(model, method), model.running():
+    with weights_of_values(model, method), model.running():
         common = identify_common(model, contexts, method, whole) if cache is not None else None
         part = _Part.look_up(model, facts, contexts, common, cache)
         missing = part.missing

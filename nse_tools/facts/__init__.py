@@ -5,7 +5,7 @@ from nse_tools.facts.fact import Fact, Question
 from nse_tools.facts.fact_list import FactList
 from nse_tools.facts.loading import load_facts
 from nse_tools.facts.ordering import packed_order, spread_order
-from nse_tools.facts.world import known_facts, world_by_knowledge, world_facts
+from nse_tools.facts.world import known_facts, world_by_knowledge, world_facts, world_split
 
 __all__ = [
     "Conflicts",
@@ -19,4 +19,5 @@ __all__ = [
     "spread_order",
     "world_by_knowledge",
     "world_facts",
+    "world_split",
 ]

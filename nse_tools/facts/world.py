@@ -16,6 +16,7 @@ from nse_tools.facts.fact_list import FactList
 
 _DATA = files("nse_tools.facts") / "data"
 _NEIGHBORS = 8
+_PARTS = ("development", "test")
 
 
 @cache
@@ -59,6 +60,27 @@ def world_by_knowledge(model: str = "smollm2-135m") -> FactList:
     known = known_facts(model=model)
     first = set(known.ids)
     return FactList([*known, *world_facts().filter(where=lambda f: f.id not in first)], "world")
+
+
+def world_split(part: str, model: str = "smollm2-135m") -> FactList:
+    """Return one of two parts of "world" that share no fact, known facts first in both (:func:`world_by_knowledge`).
+
+    Parameters
+    ----------
+    part : str
+        ``"development"``, every fourth fact: for choosing settings; ``"test"``, the others: for the numbers to report.
+    model : str
+        As in :func:`known_facts`.
+
+    Raises
+    ------
+    FactError
+        If there is no such part.
+    """
+    if part not in _PARTS:
+        raise FactError(f"part={part!r}: world is split into {' and '.join(_PARTS)}.")
+    chosen = [fact for i, fact in enumerate(world_by_knowledge(model)) if (i % 4 == 3) == (part == "development")]
+    return FactList(chosen, f"world, {part}")
 
 
 def _relation(relation: str, entry: dict[str, Any]) -> Iterator[Fact]:

@@ -223,6 +223,13 @@ FIGURES: dict[str, PaperFigure] = {
             lambda parts: plots.dots(parts["ablation"].ends().rename(columns={"method": "variant"})),
         ),
         PaperFigure(
+            "recipes",
+            "recipes",
+            "the search for a better recipe, on facts and seeds for development",
+            ends_by_part,
+            lambda parts: plots.dots(ends_by_part(parts).rename(columns={"method": "variant"})),
+        ),
+        PaperFigure(
             "sensitivity",
             "sensitivity",
             "Score and accuracy against p, α, λ, layers, contexts, tokens for C",

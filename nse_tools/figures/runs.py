@@ -7,8 +7,10 @@ without a model.
 from __future__ import annotations
 
 import logging
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,12 +45,15 @@ class RunSize:
         Seeds of order, contexts and the text for C.
     tests : int
         After how many rounds, evenly spread, all facts so far are tested; the last is always one of them.
+    contexts : int
+        How many of the usual contexts stand beside the bare prompt.
     """
 
     n: int
     rounds_of: int
     seeds: tuple[int, ...] = (0,)
     tests: int = 5
+    contexts: int = len(STARTERS)
 
     def test_at(self, rounds_of: int) -> list[int]:
         """Return the rounds that are tested, the first and the last among them."""
@@ -67,8 +72,8 @@ class Part:
         The methods.
     rounds_of : int, optional
         Facts in a round, where not the run's.
-    starters : tuple of str
-        First words of the contexts.
+    starters : tuple of str, optional
+        First words of the contexts, where not the run's.
     tokens_per_neuron : float, optional
         Tokens of the text for C over d_ff, where not the usual ten.
     also : mapping
@@ -77,7 +82,7 @@ class Part:
 
     methods: tuple[Method, ...]
     rounds_of: int | None = None
-    starters: tuple[str, ...] = STARTERS
+    starters: tuple[str, ...] | None = None
     tokens_per_neuron: float | None = None
     also: Mapping[str, Measurement] = field(default_factory=dict, repr=False)
 
@@ -165,6 +170,16 @@ def _anatomy(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
     return {"anatomy": Part((make("nse", neuron_threshold=0.9).with_(name="nse, p 0.9"),), also=also)}
 
 
+def _recipes(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
+    stages = tomllib.loads((files("nse_tools.figures") / "data" / "recipe_search.toml").read_text(encoding="utf-8"))
+    return {stage: Part(tuple(_variant(make, name, **changes) for name, changes in found.items())) for stage, found in stages.items()}
+
+
+def _variant(make: Maker, name: str, of: str, times: Mapping[str, float] | None = None, **changes: Any) -> Method:
+    base = make(of, **changes)
+    return base.with_(name=name, **{setting: getattr(base, setting) * by for setting, by in (times or {}).items()})
+
+
 _PAPER = RunSize(2000, 100, seeds=(0, 1, 2), tests=20)
 RUNS: dict[str, Run] = {
     run.name: run
@@ -173,6 +188,13 @@ RUNS: dict[str, Run] = {
         Run("round_size", "Does it matter how many facts a round holds?", _round_size, RunSize(100, 20, tests=1), replace(_PAPER, n=1000)),
         Run("ablation", "What does each of NSE's four parts contribute?", _ablation, RunSize(200, 20, tests=2), _PAPER),
         Run("sensitivity", "How much do the settings matter?", _sensitivity, RunSize(100, 20, tests=1), replace(_PAPER, n=1000)),
+        Run(
+            "recipes",
+            "Which changes to NSE and its relatives help? On facts and seeds for development.",
+            _recipes,
+            RunSize(360, 90, seeds=(10,), tests=2, contexts=2),
+            replace(_PAPER, seeds=(10,), tests=2),
+        ),
         Run("anatomy", "What happens in one round?", _anatomy, RunSize(20, 20), RunSize(100, 100)),
     )
 }
@@ -262,7 +284,7 @@ def make_run(
             test_at=size.test_at(rounds_of),
             shuffle=True,
             corpus=_text(model, own, size.seeds[0], progress),
-            starters=own.starters,
+            starters=STARTERS[: size.contexts] if own.starters is None else own.starters,
             also=own.also,
             progress=progress,
         )

@@ -52,10 +52,18 @@ class Layout:
         """Return the states at each row's last token, (lines, tokens, …) → (n_rows, …)."""
         return states[self.line.to(states.device), self.last.to(states.device)]
 
+    def with_last(self, states: Tensor, values: Tensor) -> Tensor:
+        """Return a copy of the states with those at the rows' last tokens replaced; ``values`` is (all rows, …), by number."""
+        own = values[list(self.rows)].to(states)
+        return states.index_put((self.line.to(states.device), self.last.to(states.device)), own)
 
-def lay_out(model: EditableModel, rows: Sequence[Ids], max_tokens: int = MAX_TOKENS) -> Iterator[Layout]:
-    """Yield layouts that together hold every row once, of at most ``max_tokens`` padded tokens each (one line at least)."""
-    lines = _shared_lines(rows) if can_share(model, rows) else []
+
+def lay_out(model: EditableModel, rows: Sequence[Ids], max_tokens: int = MAX_TOKENS, share: bool = True) -> Iterator[Layout]:
+    """Yield layouts that together hold every row once, of at most ``max_tokens`` padded tokens each (one line at least).
+
+    Without ``share`` every row has a line of its own: then the states of one can be changed without touching another's.
+    """
+    lines = _shared_lines(rows) if share and can_share(model, rows) else []
     if not lines or len(lines) * max(map(len, lines)) > WORTHWHILE * sum(map(len, rows)):
         yield from _one_line_each(model, rows, max_tokens)
         return

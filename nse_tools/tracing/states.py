@@ -41,7 +41,13 @@ class LastTokenStates:
 
     @classmethod
     def record(
-        cls, model: EditableModel, rows: Sequence[Sequence[int]], layer: int, last_layer: int, max_tokens: int = MAX_TOKENS
+        cls,
+        model: EditableModel,
+        rows: Sequence[Sequence[int]],
+        layer: int,
+        last_layer: int,
+        max_tokens: int = MAX_TOKENS,
+        share: bool = True,
     ) -> LastTokenStates:
         """Run rows of ids up to ``layer`` and keep the states entering it.
 
@@ -55,10 +61,12 @@ class LastTokenStates:
             First and last layer that may be asked for later.
         max_tokens : int
             Padded tokens per batch.
+        share : bool
+            Run a beginning that several rows have in common once; not where :meth:`with_last` shall follow.
         """
         model.check_layers([layer, last_layer])
         recorded = []
-        for layout in lay_out(model, rows, max_tokens):
+        for layout in lay_out(model, rows, max_tokens, share):
             hidden, calls = record_calls(model, layout.ids, layout.mask, range(layer, last_layer + 1), **layout.more)
             recorded.append(_Batch(layout, hidden, calls))
         return cls(model, layer, last_layer, len(rows), tuple(recorded))
@@ -89,6 +97,10 @@ class LastTokenStates:
         with self.model.running():
             moved = tuple(replace(b, hidden=self._run(b, layer)) for b in self._batches)
         return replace(self, layer=layer, _batches=moved)
+
+    def with_last(self, values: Tensor) -> LastTokenStates:
+        """Return these states with ``values``, (n_rows, d_model), at the rows' last tokens; recorded without ``share``."""
+        return replace(self, _batches=tuple(replace(b, hidden=b.layout.with_last(b.hidden, values)) for b in self._batches))
 
     def _run(self, batch: _Batch, upto: int) -> Tensor:
         hidden = batch.hidden

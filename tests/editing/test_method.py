@@ -129,6 +129,11 @@ def test_the_edited_layers_are_all_or_the_ends() -> None:
     assert Method("x", (1, 3, 4)).edited_layers == (1, 3, 4)
     assert Method("x", (1, 3, 4), spread="ends").edited_layers == (1, 4)
     assert Method("x", (3,), spread="ends").edited_layers == (3,)
+    assert Method("x", (1, 3, 4), spread="replay").edited_layers == (1, 3, 4)
+    assert [Method("x", layers, spread=s).seeks_first for layers in ((1, 3), (3,)) for s in ("even", "ends", "replay")] == [
+        *(False, True, True),
+        *(False, False, False),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import torch
 from models_small import CONTEXTS, FACTS, build, moments_for
 from nse_tools.editing import EditSession, KeyHistory, Keys, Method, compute_values, select_neurons, solve_update, write_values
 from nse_tools.editing.null_space import NullSpace, ProjectedMoments
+from nse_tools.editing.replayed import replayed_targets, replayed_values
 from nse_tools.errors import EditError, SettingError
-from nse_tools.facts import FactList
+from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
 from nse_tools.tracing import SecondMoments
+from nse_tools.tracing.contexts import Contexts
 from reference import Reference, apart, solved
 
 LAYERS = (0, 1, 2)
@@ -34,6 +36,8 @@ SWITCHES = {
     "prune": {"compress": True, "compress_base": 3.0, "mom2_update_weight": 0.01},
     "ends": {"spread": "ends"},
     "ends under W_t": {"spread": "ends", "values_under": "current", "passes": 1},
+    "replay": {"spread": "replay"},
+    "replay under W_t": {"spread": "replay", "values_under": "current", "passes": 1},
     "ridge": {"ridge": 40.0},
     "k²/diag C": {"neuron_score": "key_by_moment", "neuron_threshold": 0.6},
     "|k| by column, per fact": {"neuron_score": "key_by_column", "neuron_threshold": 0.6, "per": "fact"},
@@ -48,9 +52,10 @@ def model_for(name: str) -> EditableModel:
 
 
 def values_of(model: EditableModel, facts: FactList, method: Method):
-    values = compute_values(model, facts, CONTEXTS, method)
-    first = compute_values(model, facts, CONTEXTS, method.with_(layers=method.layers[:1])) if method.spread == "ends" else None
-    return values, first
+    first = compute_values(model, facts, CONTEXTS, method.with_(layers=method.layers[:1])) if method.seeks_first else None
+    if method.spread == "replay":
+        return replayed_values(model, facts, method, first), first
+    return compute_values(model, facts, CONTEXTS, method), first
 
 
 def small_weights(model: EditableModel) -> None:
@@ -129,7 +134,7 @@ def test_undo_gives_the_same_bits_back_with_every_switch(switch: str) -> None:
     assert session.edit(TWO).digest == second.digest
     session.rewind(to=0)
     assert all(torch.equal(model.weight(layer), states[0][layer]) for layer in LAYERS)
-    assert (session.edit(ONE).first_values is not None) == (method.spread == "ends")
+    assert (session.edit(ONE).first_values is not None) == (method.spread != "even")
 
 
 def test_old_keys_enter_the_null_space_in_either_way_alike() -> None:
@@ -185,11 +190,41 @@ def test_a_session_decomposes_c_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == len(LAYERS)
 
 
+@pytest.mark.parametrize("name", ["gptj", "neox", "llama", "qwen2", "gemma2"])
+def test_replayed_targets_agree_on_other_architectures(name: str) -> None:
+    compare_rounds(name, SWITCHES["replay"])
+
+
+def test_replayed_targets_do_not_mix_facts_that_begin_alike() -> None:
+    """Prompts up to the subject that are equal, or one the beginning of another, would share a line of a batch."""
+    model, method = build("llama"), METHOD.with_(spread="replay")
+    alike = FactList(
+        [Fact("a", "Eiffel", "The {} Tower is in", "Paris"), Fact("b", "Eiffel Tower", "The {} is in", "Rome")]
+        + [Fact("c", "Eiffel Tower", "The {} is near", "Berlin")]
+    )
+    _, first = values_of(model, alike, method)
+    together = replayed_targets(model, alike, method, first)
+    for number, fact in enumerate(alike):
+        own = replace(first, fact_ids=(fact.id,), z=first.z[number : number + 1])
+        for layer, target in replayed_targets(model, [fact], method, own).items():
+            assert torch.allclose(together[layer][number], target[0], atol=1e-5), (fact.id, layer)
+
+
+def test_when_the_first_layer_meets_its_value_little_is_left_for_those_above() -> None:
+    """All targets belong to one forward pass; what is left is what the update did to the prompt's earlier tokens."""
+    model, method = build("llama"), METHOD.with_(spread="replay", mom2_update_weight=1e-6, v_lr=0.05, passes=1)
+    session = EditSession(model, method, contexts=Contexts(("",), 0), moments=moments_for(model, LAYERS), progress=False, value_cache=False)
+    done = session.edit(ONE[:1])
+    before, *later = (step.update.norm for step in done.passes[0].layers.values())
+    assert all(norm < 0.1 * before for norm in later)
+    assert done.final_residuals[0] < 1e-4 * float(done.values.delta.norm())
+
+
 def test_one_layer_has_no_two_ends() -> None:
     model = build("gpt2")
     moments = SecondMoments({1: moments_for(model, (1,))[1]}, 100, "made up")
     after = {}
-    for spread in ("even", "ends"):
+    for spread in ("even", "ends", "replay"):
         method = METHOD.with_(layers=(1,), spread=spread)
         values = compute_values(model, ONE, CONTEXTS, method)
         start = model.weight(1).clone()
@@ -197,12 +232,14 @@ def test_one_layer_has_no_two_ends() -> None:
         after[spread] = model.weight(1).clone()
         model.weight(1).copy_(start)
     assert torch.equal(after["even"], after["ends"])
+    assert torch.equal(after["even"], after["replay"])
 
 
-def test_the_first_layers_targets_must_be_there_and_of_the_same_facts() -> None:
-    model, method = build("gpt2"), METHOD.with_(spread="ends")
+@pytest.mark.parametrize("spread", ["ends", "replay"])
+def test_the_first_layers_targets_must_be_there_and_of_the_same_facts(spread: str) -> None:
+    model, method = build("gpt2"), METHOD.with_(spread=spread)
     values, first = values_of(model, ONE, method)
     other = replace(first, fact_ids=tuple(reversed(first.fact_ids)))
     for wrong in (None, values, other):
-        with pytest.raises(SettingError, match="spread='ends' needs first_values.*layer 0"):
+        with pytest.raises(SettingError, match=f"spread='{spread}' needs first_values.*layer 0"):
             write_values(model, method, ONE, values, CONTEXTS, moments_for(model, LAYERS), KeyHistory(), first_values=wrong)

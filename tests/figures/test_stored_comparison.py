@@ -1,0 +1,49 @@
+"""README's table of the stored comparison is that of the stored comparison."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from nse_tools.evaluation import Comparison, load_comparison
+from pages_small import ROOT
+
+COLUMNS = ("score", "efficacy_accuracy", "generalization", "specificity", "first_round_accuracy", "perplexity")
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return load_comparison(ROOT / "docs" / "results" / "comparison")
+
+
+def test_it_is_of_five_hundred_edits_two_seeds_and_all_methods(comparison: Comparison) -> None:
+    summary = comparison.summary().set_index("method")
+    assert set(summary.index) == {"unedited", "nse", "memit_seq", "memit", "alphaedit", "prune", "rect", "rome", "ft", "ft_l"}
+    assert (summary.seeds >= 2).all()
+    stopped = set(comparison.stopped.method)
+    assert (summary.edits.drop(["unedited", *stopped]) >= 500).all()
+
+
+def test_it_names_the_commands_settings_and_versions(comparison: Comparison) -> None:
+    about = comparison.about
+    assert about["commands"]
+    assert all(command.startswith("nse-tools compare ") and "/" not in command.split("--out")[0] for command in about["commands"])
+    assert {"torch", "transformers", "nse_tools"} <= set(about["versions"])
+    assert all(method["v_stop_at_argmax"] == 3 for method in comparison.methods.values())
+
+
+def test_readme_shows_its_table(comparison: Comparison) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("<!-- table: docs/results/comparison -->\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in block.splitlines()[2:]]
+    expected = comparison.shown().set_index("method")
+    assert [re.sub(r"[`*]", "", row[0]) for row in rows] == [name.replace("unedited", "unedited model") for name in _by_score(comparison)]
+    for row in rows:
+        name = re.sub(r"[`*]", "", row[0]).replace("unedited model", "unedited")
+        assert [cell.replace("*", "") for cell in row[1:]] == [expected.loc[name, column] for column in COLUMNS]
+
+
+def _by_score(comparison: Comparison) -> list[str]:
+    summary = comparison.summary().set_index("method")
+    return ["unedited", *summary.score.drop("unedited").sort_values(ascending=False).index]
