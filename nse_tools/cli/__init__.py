@@ -113,6 +113,9 @@ def compare(
     rounds_of: Annotated[int, typer.Option(help="Facts in a round.")] = 20,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     test_at: Annotated[str, typer.Option(help="Test after every k-th round (a number), or after these (with commas).")] = "1",
+    facts_of: Annotated[
+        str | None, typer.Option(help="Ask the facts of these rounds (with commas) and of the newest only; of all by default.")
+    ] = None,
     shuffle: Annotated[bool, typer.Option(help="Shuffle the facts with each seed.")] = False,
     skip: Annotated[int, typer.Option(help="Leave out the first facts.")] = 0,
     contexts: Annotated[int, typer.Option(help="How many contexts besides the bare prompt; fewer take less time.", min=0, max=5)] = 5,
@@ -139,6 +142,7 @@ def compare(
             seeds=numbers,
             folder=out,
             test_at=tested if "," in test_at else tested[0],
+            facts_of=None if facts_of is None else numbers_of("--facts-of", facts_of),
             shuffle=shuffle,
             starters=STARTERS[:contexts],
         )

@@ -45,6 +45,7 @@ def compare(
     seeds: Iterable[int] = (0,),
     folder: str | Path | None = None,
     test_at: int | Iterable[int] | None = None,
+    facts_of: Iterable[int] | None = None,
     shuffle: bool = False,
     corpus: Corpus | None = None,
     starters: Sequence[str] = STARTERS,
@@ -82,6 +83,9 @@ def compare(
     test_at : int or iterable of int, optional
         Rounds after which all facts so far are tested: each k-th, or those listed; every round by default. The last always
         is. Testing after every round takes a time that grows with the square of the number of rounds.
+    facts_of : iterable of int, optional
+        The rounds whose facts are asked in every test, beside those of the newest; the facts of all rounds so far by default. With
+        some only, the time of a test does not grow with the number of edits.
     shuffle : bool
         Shuffle the facts with each seed.
     corpus : Corpus, optional
@@ -125,6 +129,7 @@ def compare(
         stream,
         rounds_of,
         tested=rounds_to_test(len(stream.rounds(rounds_of)), test_at),
+        facts_of=None if facts_of is None else rounds_to_ask(len(stream.rounds(rounds_of)), facts_of),
         shuffle=shuffle,
         corpus=corpus,
         starters=tuple(starters),
@@ -165,6 +170,20 @@ def rounds_to_test(n_rounds: int, test_at: int | Iterable[int] | None) -> list[i
     return sorted({*wanted, n_rounds})
 
 
+def rounds_to_ask(n_rounds: int, facts_of: Iterable[int]) -> list[int]:
+    """Return the rounds whose facts are asked in every test.
+
+    Raises
+    ------
+    SettingError
+        If a number is not a round of the stream.
+    """
+    wanted = sorted(set(facts_of))
+    if not all(isinstance(s, int) and 1 <= s <= n_rounds for s in wanted):
+        raise SettingError(f"facts_of={wanted!r}: expected rounds from 1 to {n_rounds}.")
+    return wanted
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """What all methods of a seed share."""
@@ -184,6 +203,7 @@ class _Run:
     facts: FactList
     rounds_of: int
     tested: Sequence[int]
+    facts_of: Sequence[int] | None
     shuffle: bool
     corpus: Corpus | None
     starters: Sequence[str]
@@ -224,6 +244,7 @@ class _Run:
                 "machine": machine(),
                 "commands": [own] if (own := command()) else [],
                 "methods": [method.name for method in self.methods],
+                **({"facts_of": list(self.facts_of)} if self.facts_of is not None else {}),
                 **({"starters": list(self.starters)} if self.starters != STARTERS else {}),
                 **({"also": sorted(self.also)} if self.also else {}),
             }
@@ -284,7 +305,7 @@ class _Run:
     def _tasks(
         self, executor: Executor, asked: Sequence[tuple[int, Method]], store: ComparisonFolder | None
     ) -> Iterator[tuple[Any, Method]]:
-        taken = ("facts", "rounds_of", "tested", "shuffle", "starters", "also")
+        taken = ("facts", "rounds_of", "tested", "facts_of", "shuffle", "starters", "also")
         settings = {name: getattr(self, name) for name in taken}
         for seed, own in groupby(asked, key=lambda entry: entry[0]):
             inputs = self.inputs(seed, store)
@@ -313,11 +334,12 @@ class _Run:
             value_cache=self.value_cache,
         )
         session.memo |= self.unedited
-        plan = inputs.facts.rounds(self.rounds_of)
-        for batch in plan:  # a round at a time, so that later scorings find their prompts in the same batches
+        plan = dict(enumerate(inputs.facts.rounds(self.rounds_of), start=1))
+        asked = {s: plan[s] for s in self._asked(0)}
+        for batch in asked.values():  # a round at a time, so that later scorings find their prompts in the same batches
             round_scores(session, 0, batch)
-        tested, stopped = {0: self._measure(session, 0, plan)}, None
-        for number, batch in enumerate(plan, start=1):
+        tested, stopped = {0: self._measure(session, 0, asked)}, None
+        for number, batch in plan.items():
             try:
                 session.edit(batch)
             except EditError as wrong:
@@ -325,16 +347,22 @@ class _Run:
                 _log.warning("%s, seed %d, could not make round %d: %s", method.name, inputs.seed, number, wrong)
                 break
             if number in self.tested:
-                tested[number] = self._measure(session, number, plan[:number])
+                tested[number] = self._measure(session, number, {s: plan[s] for s in self._asked(number)})
             bar.update()
-        if len(session) not in tested:  # it stopped between two tests
-            tested[len(session)] = self._measure(session, len(session), session.facts)
+        if (made := len(session)) not in tested:  # it stopped between two tests
+            tested[made] = self._measure(session, made, {s: plan[s] for s in self._asked(made)})
         rounds = _rounds(session, {number: round_perplexity(session, number) for number in tested})
         self._remember(session)
         tables = {name: _stacked([found[name] for found in tested.values()]) for name in tested[0]}
         return Cell(plain(method.to_dict()), inputs.seed, tables.pop(SCORES), rounds, stopped, tables)
 
-    def _measure(self, session: EditSession, number: int, batches: Sequence[FactList]) -> dict[str, pd.DataFrame]:
+    def _asked(self, number: int) -> list[int]:
+        """Return the rounds whose facts are asked after a round; after none, all that will be asked at some time."""
+        if not number:
+            return sorted({s for t in self.tested for s in self._asked(t)})
+        return [s for s in range(1, number + 1) if self.facts_of is None or s in self.facts_of or s == number]
+
+    def _measure(self, session: EditSession, number: int, batches: Mapping[int, FactList]) -> dict[str, pd.DataFrame]:
         """Return the scores of some rounds' facts as of a round, and the further tables."""
         further = {name: measure(session, number) for name, measure in self.also.items()}
         return {
@@ -357,10 +385,11 @@ def _cell_job(model: EditableModel, shared: tuple[dict[str, Any], _Inputs], meth
     return run.cell(method, inputs, tqdm(disable=True))
 
 
-def _tested(session: EditSession, round: int, batches: Sequence[FactList]) -> pd.DataFrame:
-    """Score the facts of the first rounds as of a round, in percent, one row a fact."""
-    own = {fact.id: number for number, batch in enumerate(batches, start=1) for fact in batch}
-    table = round_scores(session, round, sum(batches[1:], start=batches[0])).per_fact()
+def _tested(session: EditSession, round: int, batches: Mapping[int, FactList]) -> pd.DataFrame:
+    """Score the facts of some rounds as of a round, in percent, one row a fact."""
+    own = {fact.id: number for number, batch in batches.items() for fact in batch}
+    first, *others = batches.values()
+    table = round_scores(session, round, sum(others, start=first)).per_fact()
     # a ten-thousandth of a percent: what is beyond differs with the machine
     measured = (table.drop(columns="fact") * 100).round(4)
     measured.insert(0, "round", round)

@@ -137,12 +137,12 @@ class Comparison:
         return found.rename("value").reset_index().merge(self.rounds[columns], on=columns[:3], how="left")[[*columns, "value"]]
 
     def forgetting(self, method: str, seed: int | None = None, measure: str = "efficacy_accuracy") -> ForgettingMatrix:
-        """Return M[t, s] of a method under a seed (the first by default); every round must have been tested.
+        """Return M[t, s] of a method under a seed (the first by default); every round must have been tested, on all facts.
 
         Raises
         ------
         SettingError
-            If there is no such cell, or a round was not tested.
+            If there is no such cell, a round was not tested, or the facts of some rounds were not asked.
         """
         seed = self.seeds[0] if seed is None else seed
         own = self.scores[(self.scores.method == method) & (self.scores.seed == seed) & (self.scores["round"] > 0)]
@@ -152,6 +152,10 @@ class Comparison:
             )
         if measure not in own:
             raise SettingError(f"measure={measure!r}: it was not taken.{nearest(measure, self.measures)}")
+        if (asked := self.about.get("facts_of")) is not None:
+            raise SettingError(
+                f"A forgetting matrix needs the facts of every round; asked were those of {asked}. Compare with facts_of=None."
+            )
         tested = own["round"].unique().tolist()
         if len(tested) < max(tested):
             raise SettingError(f"A forgetting matrix needs every round; tested were {tested}. Compare with test_at=None.")

@@ -75,10 +75,12 @@ def draw_figure(name: str, folder: str | Path) -> tuple[go.Figure, pd.DataFrame]
 
 
 # ---- one run's comparison --------------------------------------------------------------------------------------------
-def _curve(measure: str, facts_of: int | None = None) -> tuple[Callable[[Parts], pd.DataFrame], Callable[[Parts], go.Figure]]:
+def _curve(
+    measure: str, facts_of: int | None = None, part: str = "sequence"
+) -> tuple[Callable[[Parts], pd.DataFrame], Callable[[Parts], go.Figure]]:
     return (
-        lambda parts: parts["sequence"].curve(measure, facts_of),
-        lambda parts: plots.comparison_curve(parts["sequence"], measure, facts_of),
+        lambda parts: parts[part].curve(measure, facts_of),
+        lambda parts: plots.comparison_curve(parts[part], measure, facts_of),
     )
 
 
@@ -141,6 +143,11 @@ def reported_dots(parts: Parts) -> go.Figure:
 def ends_by_part(parts: Parts) -> pd.DataFrame:
     """Return every part's measures at the end, ``part`` in front."""
     return pd.concat([made.ends().assign(part=part) for part, made in parts.items()], ignore_index=True)
+
+
+def _by_part_and_method(parts: Parts) -> pd.DataFrame:
+    table = ends_by_part(parts)
+    return table.assign(variant=table.method + ", " + table.part)
 
 
 def size_table(parts: Parts) -> pd.DataFrame:
@@ -221,6 +228,19 @@ FIGURES: dict[str, PaperFigure] = {
             "the ablation grid: values × old keys × p × passes",
             _ends("ablation"),
             lambda parts: plots.dots(parts["ablation"].ends().rename(columns={"method": "variant"})),
+        ),
+        PaperFigure(
+            "orders",
+            "orders",
+            "the same facts shuffled, with similar keys packed together, and spread apart",
+            ends_by_part,
+            lambda parts: plots.dots(_by_part_and_method(parts)),
+        ),
+        PaperFigure(
+            "long",
+            "long",
+            "thousands of edits: accuracy on the newest and some earlier rounds' facts",
+            *_curve("efficacy_accuracy", part="long"),
         ),
         PaperFigure(
             "recipes",

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from nse_tools.editing import Method, methods
+from nse_tools.editing import Method, methods, order_facts
 from nse_tools.errors import SettingError, nearest
 from nse_tools.evaluation import Comparison, compare, load_comparison
 from nse_tools.evaluation.comparing import Measurement
@@ -25,6 +25,8 @@ from nse_tools.models import EditableModel
 from nse_tools.tracing.contexts import STARTERS
 from nse_tools.tracing.corpus import Corpus, sample_corpus
 
+_SAMPLED = 5
+"""Rounds of a long stream whose facts are asked again and again."""
 _log = logging.getLogger(__name__)
 
 Maker = Callable[..., Method]
@@ -74,6 +76,10 @@ class Part:
         Facts in a round, where not the run's.
     starters : tuple of str, optional
         First words of the contexts, where not the run's.
+    facts_of : tuple of int, optional
+        Rounds whose facts are asked in every test, beside the newest's; all by default.
+    order : str
+        Order of the facts (:func:`nse_tools.order_facts`); shuffled with each seed by default.
     tokens_per_neuron : float, optional
         Tokens of the text for C over d_ff, where not the usual ten.
     also : mapping
@@ -83,6 +89,8 @@ class Part:
     methods: tuple[Method, ...]
     rounds_of: int | None = None
     starters: tuple[str, ...] | None = None
+    facts_of: tuple[int, ...] | None = None
+    order: str = "shuffled"
     tokens_per_neuron: float | None = None
     also: Mapping[str, Measurement] = field(default_factory=dict, repr=False)
 
@@ -165,6 +173,20 @@ def _short(value: Any) -> str:
     return f"{value[0]}-{value[-1]}" if isinstance(value, tuple) else f"{value:g}"
 
 
+STRESSED = ("nse", "memit_seq")
+"""The methods of long streams and of orders that make it hard."""
+
+
+def _orders(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
+    return {order: Part(tuple(make(name) for name in STRESSED), order=order) for order in ("shuffled", "packed", "spread")}
+
+
+def _long(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
+    n_rounds = -(-size.n // size.rounds_of)
+    sampled = tuple(sorted({1, *(1 + round(i * (n_rounds - 1) / _SAMPLED) for i in range(1, _SAMPLED))}))
+    return {"long": Part(tuple(make(name) for name in STRESSED), facts_of=sampled)}
+
+
 def _anatomy(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
     also = {name: getattr(measurements, name) for name in ("answers", "values", "residuals", "neurons", "updates")}
     return {"anatomy": Part((make("nse", neuron_threshold=0.9).with_(name="nse, p 0.9"),), also=also)}
@@ -195,6 +217,14 @@ RUNS: dict[str, Run] = {
             RunSize(360, 90, seeds=(10,), tests=2, contexts=2),
             replace(_PAPER, seeds=(10,), tests=2),
         ),
+        Run(
+            "orders",
+            "Does it matter whether similar keys are packed together or spread apart?",
+            _orders,
+            RunSize(400, 50, tests=2, contexts=2),
+            _PAPER,
+        ),
+        Run("long", "What is left after thousands of edits?", _long, RunSize(3000, 100, tests=4, contexts=2), replace(_PAPER, n=10_000)),
         Run("anatomy", "What happens in one round?", _anatomy, RunSize(20, 20), RunSize(100, 100)),
     )
 }
@@ -274,15 +304,17 @@ def make_run(
             continue
         _log.info("%s: part %s, %d methods", name, part, len(chosen[part]))
         rounds_of = own.rounds_of or size.rounds_of
+        given = FactList(facts[: size.n])
         made[part] = compare(
             model,
-            FactList(facts[: size.n]),
+            given if own.order == "shuffled" else order_facts(given, own.order, model=model, layer=own.methods[0].layers[0]),
             chosen[part],
             rounds_of=rounds_of,
             seeds=size.seeds,
             folder=Path(folder) / name / part,
             test_at=size.test_at(rounds_of),
-            shuffle=True,
+            facts_of=own.facts_of,
+            shuffle=own.order == "shuffled",
             corpus=_text(model, own, size.seeds[0], progress),
             starters=STARTERS[: size.contexts] if own.starters is None else own.starters,
             also=own.also,

@@ -83,6 +83,21 @@ def test_a_cell_equals_a_session_run_by_hand(result: Comparison, method: Method,
     assert joined.value.tolist() == pytest.approx(joined.efficacy_magnitude.tolist(), abs=2e-4)
 
 
+def test_asking_some_rounds_facts_gives_the_same_numbers_of_those(result: Comparison) -> None:
+    some = run([NSE], rounds_of=1, facts_of=[1, 2], test_at=[1, 3, 4])
+    order = ["round", "edited_in_round"]
+    asked = some.scores[order].drop_duplicates().groupby("round").edited_in_round.agg(list)
+    assert asked.to_dict() == {0: [1, 2, 3, 4], 1: [1], 3: [1, 2, 3], 4: [1, 2, 4]}
+    whole = result.scores[(result.scores.method == "nse") & (result.scores.seed == 0)]
+    expected = some.scores[order].merge(whole, on=order)
+    pd.testing.assert_frame_equal(some.scores[expected.columns], expected, check_exact=False, atol=2e-4)
+    assert some.about["facts_of"] == [1, 2]
+    with pytest.raises(SettingError, match=r"needs the facts of every round; asked were those of \[1, 2\]"):
+        some.forgetting("nse")
+    with pytest.raises(SettingError, match="facts_of=.*expected rounds from 1 to 4"):
+        run([NSE], rounds_of=1, facts_of=[1, 5])
+
+
 def test_the_methods_do_differ_and_the_seeds_do(result: Comparison) -> None:
     ends = result.ends().set_index(["method", "seed"]).efficacy_magnitude
     assert ends.nunique() == 4

@@ -48,6 +48,8 @@ SIZES = {
     "round_size": RunSize(6, 2, tests=1),
     "ablation": RunSize(4, 2, tests=1),
     "sensitivity": RunSize(4, 2, tests=1),
+    "orders": RunSize(4, 2, tests=1),
+    "long": RunSize(6, 2, tests=2),
     "recipes": RunSize(4, 2, tests=1),
     "anatomy": RunSize(3, 3),
 }
