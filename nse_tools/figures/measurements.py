@@ -123,6 +123,15 @@ def _of_round(done: EditRound, keys: Tensor, own: Tensor, later: Tensor, rewritt
     )
 
 
+def times(session: EditSession, round: int) -> pd.DataFrame:
+    """Return the seconds of the newest round by step: ``step``, ``seconds``, and how many of its ``facts`` had a ``cached`` value."""
+    if not round:
+        return pd.DataFrame()
+    done = session.rounds[round - 1]
+    table = pd.DataFrame(done.seconds.items(), columns=["step", "seconds"])
+    return table.assign(facts=len(done.facts), cached=sum(done.values.cached))
+
+
 def values(session: EditSession, round: int) -> pd.DataFrame:
     """Return the course of a round's value search, a row a fact and step (:attr:`TargetValues.trace`)."""
     return session.rounds[round - 1].values.trace if round else pd.DataFrame()

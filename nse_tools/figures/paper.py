@@ -117,6 +117,14 @@ def disturbed_table(parts: Parts) -> pd.DataFrame:
     return effects[effects["round"] == last].merge(holds, on=key)
 
 
+def times_table(parts: Parts) -> pd.DataFrame:
+    """Return the seconds an edit takes by method and step, over the tested rounds whose values were all searched for."""
+    times = parts["sequence"].also["times"]
+    own = times[times.cached == 0]
+    per_round = own.groupby(["method", "step"], sort=False)[["seconds", "facts"]].sum()
+    return (per_round.seconds / per_round.facts).rename("seconds_per_edit").reset_index()
+
+
 # ---- the main table --------------------------------------------------------------------------------------------------
 def reported() -> pd.DataFrame:
     """Return the numbers reported for Llama-3-8B (2 000 edits in rounds of 100, CounterFact), percent; Score is computed from them."""
@@ -219,6 +227,13 @@ FIGURES: dict[str, PaperFigure] = {
             "Figure 5: general ability against the number of edits",
             lambda parts: parts["sequence"].also["ability"],
             lambda parts: plots.ability_curve(parts["sequence"].also["ability"], edits_of(parts["sequence"])),
+        ),
+        PaperFigure(
+            "times",
+            "sequence",
+            "time per edit and per step, of rounds whose values were all searched for",
+            times_table,
+            lambda parts: plots.step_times(times_table(parts)),
         ),
         PaperFigure("main", "sequence", "the main table", lambda parts: parts["sequence"].summary(), main_dots),
         PaperFigure("reported", "sequence", "the paper's main table, for Llama-3-8B", lambda parts: reported(), reported_dots),

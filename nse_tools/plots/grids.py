@@ -109,6 +109,34 @@ def sensitivity(
     return fig.update_layout(legend=UNDER)
 
 
+def step_times(table: pd.DataFrame, title: str | None = None) -> go.Figure:
+    """Draw the seconds that an edit takes, a bar a method, divided into the steps of a round.
+
+    Parameters
+    ----------
+    table : DataFrame
+        ``method``, ``step`` and ``seconds_per_edit``, a row a method and step; the order of methods and steps is kept.
+    title : str, optional
+        Instead of the finding: how long the fastest and the slowest take.
+    """
+    total = table.groupby("method", sort=False).seconds_per_edit.sum()
+    found = f"Seconds an edit takes: {total.min():.2g} ({total.idxmin()}) to {total.max():.2g} ({total.idxmax()})"
+    fig = figure(title or found, "seconds an edit", "", height=190 + 34 * len(total), width=860, tall=True)
+    for number, (step, own) in enumerate(table.groupby("step", sort=False)):
+        fig.add_trace(
+            go.Bar(
+                x=own.seconds_per_edit.tolist(),
+                y=[plain(method) for method in own.method],
+                orientation="h",
+                name=plain(str(step)),
+                marker={"color": style(number)["line"]["color"]},
+                hovertemplate="%{y}: %{x:.3f} s<extra>" + plain(str(step)) + "</extra>",
+            )
+        )
+    fig.update_yaxes(autorange="reversed", title_text="")
+    return fig.update_layout(barmode="stack", legend=UNDER | {"traceorder": "normal"})
+
+
 def label(measure: str) -> str:
     """Return a measure's name as figures write it."""
     return _NAMES.get(measure, measure.replace("_", " "))

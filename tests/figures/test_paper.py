@@ -117,6 +117,14 @@ def test_a_cell_made_again_gives_the_same_numbers(small: EditableModel, stored: 
         pd.testing.assert_frame_equal(again.also[name], own, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
+def test_the_steps_of_an_edit_add_up_to_its_time(stored: Path) -> None:
+    table, made = draw_figure("times", stored)[1], load_run("sequence", stored)["sequence"]
+    for method, own in table.groupby("method"):
+        rounds = made.rounds[(made.rounds.method == method) & (made.rounds["round"] > 0) & (made.rounds.cached == 0)]
+        assert own.seconds_per_edit.sum() == pytest.approx(rounds.seconds.sum() / rounds.facts.sum()), method
+    assert {"values", "keys", "solve"} <= set(table.step)
+
+
 def test_the_ablation_has_every_combination_once() -> None:
     parts = RUNS["ablation"].parts(lambda name, **changed: methods.get(name, **changed), RUNS["ablation"].size, 30)
     grid = {(m.values_under, m.use_history, m.neuron_threshold, m.passes): m.name for m in parts["ablation"].methods}
