@@ -54,6 +54,9 @@ SIZES = {
     "anatomy": RunSize(3, 3),
 }
 
+SOME = {"recipes": ["nse", "nse, λ/5", "nse, replayed targets"]}
+"""Of the many variants only these are run here."""
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EditableModel]:
@@ -71,7 +74,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EditableModel]:
 def stored(small: EditableModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, size in SIZES.items():
-        make_run(name, small, FACTS, folder, size=size, preset=None, settings=SETTINGS, progress=False)
+        make_run(name, small, FACTS, folder, size=size, preset=None, settings=SETTINGS, only=SOME.get(name), progress=False)
     return folder
 
 
@@ -130,6 +133,18 @@ def test_the_ablation_has_every_combination_once() -> None:
     grid = {(m.values_under, m.use_history, m.neuron_threshold, m.passes): m.name for m in parts["ablation"].methods}
     assert len(grid) == len(parts["ablation"].methods) == 16
     assert all(name == variant_name(*combination) for combination, name in grid.items())
+
+
+def test_the_search_for_a_recipe_changes_what_its_names_say() -> None:
+    stages = RUNS["recipes"].parts(lambda name, **changed: methods.get(name, **changed), RUNS["recipes"].size, 30)
+    own = {method.name: method for part in stages.values() for method in part.methods}
+    base = methods.nse().to_dict()
+    assert base == own["nse"].to_dict()
+    changed = {name: {k for k, v in m.to_dict().items() if v != base[k]} - {"name"} for name, m in own.items()}
+    assert all(changed[name] for name in own if name != "nse")
+    assert len({(frozenset(c), tuple(map(str, (own[n].to_dict()[k] for k in sorted(c))))) for n, c in changed.items()}) == len(own)
+    assert own["nse, λ/5"].mom2_update_weight == pytest.approx(methods.nse().mom2_update_weight / 5)
+    assert own["nse, first and last layer"].spread == "ends"
 
 
 def test_sensitivity_keeps_to_the_models_layers() -> None:
