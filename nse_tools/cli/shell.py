@@ -26,7 +26,7 @@ Facts = Annotated[
     str,
     typer.Option(
         help="'world' (facts the embedded model knows first), 'world-development' or 'world-test' (every fourth of them; the others), "
-        "or a JSON file of CounterFact, zsRE or our own schema."
+        "'world-all' (all of them, then further facts that 'world' does not have), or a JSON file of CounterFact, zsRE or our own schema."
     ),
 ]
 Preset = Annotated[str, typer.Option(help="Preset of all methods, or 'none' (then --set layers=…).")]
@@ -47,10 +47,12 @@ class errors_in_one_line:  # noqa: N801  (used like a function)
 
 def stream_of(facts: str) -> FactList:
     """Return the facts that an option names."""
-    from nse_tools.facts import load_facts, world_by_knowledge, world_split
+    from nse_tools.facts import FactList, load_facts, more_world_facts, world_by_knowledge, world_split
 
     if facts == "world":
         return world_by_knowledge()
+    if facts == "world-all":
+        return FactList([*world_by_knowledge(), *more_world_facts()], "world, all")
     return world_split(facts.removeprefix("world-")) if facts.startswith("world-") else load_facts(facts)
 
 

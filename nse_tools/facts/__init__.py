@@ -5,7 +5,7 @@ from nse_tools.facts.fact import Fact, Question
 from nse_tools.facts.fact_list import FactList
 from nse_tools.facts.loading import load_facts
 from nse_tools.facts.ordering import packed_order, spread_order
-from nse_tools.facts.world import known_facts, world_by_knowledge, world_facts, world_split
+from nse_tools.facts.world import known_facts, more_world_facts, world_by_knowledge, world_facts, world_split
 
 __all__ = [
     "Conflicts",
@@ -15,6 +15,7 @@ __all__ = [
     "find_conflicts",
     "known_facts",
     "load_facts",
+    "more_world_facts",
     "packed_order",
     "spread_order",
     "world_by_knowledge",

@@ -1,4 +1,4 @@
-"""The data set "world": well-known facts, built from a compact table into records like CounterFact's."""
+"""The data set "world" and more of its kind: well-known facts, built from compact tables into records like CounterFact's."""
 
 from __future__ import annotations
 
@@ -27,9 +27,22 @@ def world_facts() -> FactList:
     up to eight other subjects with the same true object. Both are drawn with a generator seeded by the record's id, so
     the records do not depend on each other or on their order; the order is shuffled once, so that a slice mixes relations.
     """
-    table = tomllib.loads((_DATA / "world.toml").read_text(encoding="utf-8"))
-    facts = [fact for relation, entry in table.items() for fact in _relation(relation, entry)]
+    facts = [fact for relation, entry in _table("world.toml").items() for fact in _relation(relation, entry)]
     return FactList(facts, "world").shuffled(seed=2025)
+
+
+@cache
+def more_world_facts() -> FactList:
+    """Build the records of the second table, "world, more": further facts, none of them in "world".
+
+    They are built and shuffled like those of :func:`world_facts`. A relation that "world" has too takes over its wording;
+    the new target, however, is another object that the second table itself names for the relation, and the neighbourhood
+    prompts ask about the second table's own subjects, so that neither data set depends on the other's subjects.
+    """
+    world = _table("world.toml")
+    more = {relation: world.get(relation, {}) | entry for relation, entry in _table("world_more.toml").items()}
+    facts = [fact for relation, entry in more.items() for fact in _relation(relation, entry)]
+    return FactList(facts, "world, more").shuffled(seed=2025)
 
 
 def known_facts(facts: FactList | None = None, model: str = "smollm2-135m") -> FactList:
@@ -81,6 +94,10 @@ def world_split(part: str, model: str = "smollm2-135m") -> FactList:
         raise FactError(f"part={part!r}: world is split into {' and '.join(_PARTS)}.")
     chosen = [fact for i, fact in enumerate(world_by_knowledge(model)) if (i % 4 == 3) == (part == "development")]
     return FactList(chosen, f"world, {part}")
+
+
+def _table(name: str) -> dict[str, dict[str, Any]]:
+    return tomllib.loads((_DATA / name).read_text(encoding="utf-8"))
 
 
 def _relation(relation: str, entry: dict[str, Any]) -> Iterator[Fact]:

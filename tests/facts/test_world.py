@@ -1,22 +1,31 @@
-"""The shipped data set: well formed, free of doubles and contradictions, and its table of known facts fits it."""
+"""The shipped data sets: well formed, free of doubles and contradictions, and the table of known facts fits "world"."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
+import tomllib
 from collections import defaultdict
 from importlib.resources import files
 
 import pytest
 
+from nse_tools.cli.shell import stream_of
 from nse_tools.errors import FactError
 from nse_tools.evaluation import knowledge
-from nse_tools.facts import FactList, known_facts, load_facts
+from nse_tools.facts import FactList, known_facts, load_facts, more_world_facts, world_by_knowledge
 from nse_tools.models import EditableModel
 
 
 @pytest.fixture(scope="module")
 def world() -> FactList:
     return load_facts("world")
+
+
+@pytest.fixture(scope="module")
+def more() -> FactList:
+    return more_world_facts()
 
 
 def test_size_and_relations(world: FactList) -> None:
@@ -76,3 +85,77 @@ def test_the_shipped_table_says_what_the_model_says(smollm: EditableModel, world
     # an argmax that is a tie to rounding may fall either way on another processor
     differing = [i for i in some.ids if (found.known[i] == 1) != (i in known)]
     assert len(differing) <= 1, differing
+
+
+def test_more_has_enough_for_three_thousand_edits(world: FactList, more: FactList) -> None:
+    assert len(more) >= 1520
+    assert len(world) + len(more) >= 3000
+    assert more.to_frame().relation.nunique() >= 30
+
+
+def test_every_record_of_more_is_complete(more: FactList) -> None:
+    for fact in more:
+        assert len(fact.paraphrases) == 3, fact
+        assert len(fact.neighborhood) >= 5, fact
+        assert len(fact.generation) >= 2, fact
+        assert fact.target_true is not None
+        assert fact.target_new != fact.target_true
+        assert all(fact.subject in text for text in (*fact.paraphrases, *fact.generation)), fact
+
+
+def test_more_has_no_record_twice_none_of_worlds_and_no_contradiction(world: FactList, more: FactList) -> None:
+    answers = defaultdict(set)
+    for fact in (*world, *more):
+        answers[fact.relation, fact.subject.casefold()].add(fact.target_true)
+    assert len(answers) == len(world) + len(more)
+    assert all(len(a) == 1 for a in answers.values())
+    assert not set(world.ids) & set(more.ids)
+
+
+def test_objects_of_more_have_six_subjects_unless_the_relation_is_worlds(world: FactList, more: FactList) -> None:
+    subjects, objects = defaultdict(set), defaultdict(set)
+    for fact in more:
+        subjects[fact.relation, fact.target_true].add(fact.subject)
+        objects[fact.relation].add(fact.target_true)
+    of_world = set(world.to_frame().relation)
+    assert all(len(s) >= 6 for (relation, _), s in subjects.items() if relation not in of_world)
+    assert all(len(o) >= 2 for o in objects.values())
+
+
+def test_templates_of_more_have_one_slot_and_those_of_worlds_relations_are_worlds() -> None:
+    tables = [tomllib.loads((files("nse_tools.facts") / "data" / name).read_text("utf-8")) for name in ("world.toml", "world_more.toml")]
+    for relation, entry in tables[1].items():
+        if relation in tables[0]:
+            assert set(entry) == {"objects"}, relation
+        else:
+            templates = (entry["prompt"], *entry["paraphrases"], *entry["generation"])
+            assert all(t.count("{}") == 1 and t == t.strip() for t in templates), relation
+
+
+def test_neighbours_in_more_share_the_true_target_and_are_others(more: FactList) -> None:
+    subjects = defaultdict(set)
+    for fact in more:
+        subjects[fact.relation, fact.target_true].add(fact.subject)
+    for fact in more:
+        same = subjects[fact.relation, fact.target_true] - {fact.subject}
+        for text in fact.neighborhood:
+            assert any(other in text for other in same), (fact, text)
+
+
+def test_no_object_of_more_is_named_in_its_subject(more: FactList) -> None:
+    assert [f.id for f in more if str(f.target_true).casefold() in f.subject.casefold()] == []
+
+
+def test_the_records_of_world_are_as_before_there_was_more(world: FactList) -> None:
+    text = json.dumps([f.to_dict() for f in world])
+    assert hashlib.sha256(text.encode()).hexdigest() == "9850f86d456ecb8affa06d4d4d4a3fa521ce3630fb89535bd91e77f9b4e0dac7"
+
+
+def test_the_stream_of_all_facts_begins_with_world(world: FactList, more: FactList) -> None:
+    stream = stream_of("world-all")
+    assert stream.name == "world, all"
+    assert len(set(stream.ids)) == len(stream) >= 3000
+    assert stream.ids[: len(world)] == world_by_knowledge().ids
+    assert stream.ids[len(world) :] == more.ids
+    assert load_facts("world") == world
+    assert len(load_facts("world")) == 1480
