@@ -47,13 +47,9 @@ class errors_in_one_line:  # noqa: N801  (used like a function)
 
 def stream_of(facts: str) -> FactList:
     """Return the facts that an option names."""
-    from nse_tools.facts import FactList, load_facts, more_world_facts, world_by_knowledge, world_split
+    from nse_tools.facts import load_facts, world_by_knowledge
 
-    if facts == "world":
-        return world_by_knowledge()
-    if facts == "world-all":
-        return FactList([*world_by_knowledge(), *more_world_facts()], "world, all")
-    return world_split(facts.removeprefix("world-")) if facts.startswith("world-") else load_facts(facts)
+    return world_by_knowledge() if facts == "world" else load_facts(facts)
 
 
 def settings_of(changes: list[str]) -> dict[str, Any]:

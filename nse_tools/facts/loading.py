@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from nse_tools.errors import FactError, nearest
 from nse_tools.facts.fact_list import FactList
 from nse_tools.facts.schemas import read_record
-from nse_tools.facts.world import world_facts
+from nse_tools.facts.world import all_world_facts, more_world_facts, world_facts, world_split
 
+_SHIPPED: dict[str, Callable[[], FactList]] = {
+    "world": world_facts,
+    "world-more": more_world_facts,
+    "world-all": all_world_facts,
+    "world-development": partial(world_split, "development"),
+    "world-test": partial(world_split, "test"),
+}
 _ELSEWHERE = {
     "counterfact": "https://rome.baulab.info/data/dsets/counterfact.json",
     "multi_counterfact": "https://memit.baulab.info/data/dsets/multi_counterfact.json",
@@ -23,8 +32,10 @@ def load_facts(source: str | Path = "world") -> FactList:
     Parameters
     ----------
     source : str or Path
-        ``"world"``, the data set shipped with the package, or the path of a JSON or JSON-lines file in the schema of
-        CounterFact, multi-CounterFact, zsRE (MEND/ROME), EasyEdit or :meth:`Fact.to_dict`.
+        A data set shipped with the package, or the path of a JSON or JSON-lines file in the schema of CounterFact,
+        multi-CounterFact, zsRE (MEND/ROME), EasyEdit or :meth:`Fact.to_dict`. Shipped are ``"world"`` (1 480 facts); its parts
+        ``"world-development"`` (every fourth) and ``"world-test"`` (the others), both with those first that the embedded model
+        knows; ``"world-more"``, further facts; and ``"world-all"``, both tables, for streams of thousands of edits.
 
     Returns
     -------
@@ -36,8 +47,8 @@ def load_facts(source: str | Path = "world") -> FactList:
     FactError
         If the file is missing or malformed, or a record is (the message names record and field).
     """
-    if str(source) == "world":
-        return world_facts()
+    if str(source) in _SHIPPED:
+        return _SHIPPED[str(source)]()
     path = Path(source)
     try:
         there = path.is_file()
@@ -77,4 +88,4 @@ def _json_lines(text: str) -> list[object]:
 def _missing(source: str) -> str:
     if url := _ELSEWHERE.get(source.lower().replace("-", "_")):
         return f"{source!r} is not shipped with nse_tools. Download {url} and give the file's path: load_facts('…/{Path(url).name}')."
-    return f"No facts at {source!r:.200}: neither a file nor a data set of the package." + nearest(source, ["world", *_ELSEWHERE])
+    return f"No facts at {source!r:.200}: neither a file nor a data set of the package." + nearest(source, [*_SHIPPED, *_ELSEWHERE])

@@ -75,6 +75,11 @@ def world_by_knowledge(model: str = "smollm2-135m") -> FactList:
     return FactList([*known, *world_facts().filter(where=lambda f: f.id not in first)], "world")
 
 
+def all_world_facts(model: str = "smollm2-135m") -> FactList:
+    """Return all facts of both tables: those of "world", known ones first (:func:`world_by_knowledge`), then the further ones."""
+    return FactList([*world_by_knowledge(model), *more_world_facts()], "world, all")
+
+
 def world_split(part: str, model: str = "smollm2-135m") -> FactList:
     """Return one of two parts of "world" that share no fact, known facts first in both (:func:`world_by_knowledge`).
 

@@ -132,8 +132,14 @@ RECIPES: dict[str, Recipe | FolderRecipe] = {
     "round_seconds": Recipe(("bench/rounds_flat.csv",), plots.round_seconds),
     "cluster_scaling": Recipe(("bench/cluster_simulation.csv",), plots.cluster_scaling),
     "anatomy": of_paper("anatomy"),
+    "ablation": of_paper("ablation"),
+    "comparison_score": compared("score"),
+    "comparison_accuracy": compared("efficacy_accuracy"),
+    "comparison_first_round": compared("efficacy_accuracy", facts_of=1),
+    "comparison_specificity": compared("specificity"),
+    "comparison_perplexity": compared("perplexity"),
 }
-"""Name → recipe. A comparison's curve is one line: ``"comparison_score": compared("score")``."""
+"""Name → recipe. A comparison's curve is one line."""
 
 
 def regenerate(

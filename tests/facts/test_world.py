@@ -14,7 +14,7 @@ import pytest
 from nse_tools.cli.shell import stream_of
 from nse_tools.errors import FactError
 from nse_tools.evaluation import knowledge
-from nse_tools.facts import FactList, known_facts, load_facts, more_world_facts, world_by_knowledge
+from nse_tools.facts import FactList, known_facts, load_facts, more_world_facts, world_by_knowledge, world_split
 from nse_tools.models import EditableModel
 
 
@@ -159,3 +159,18 @@ def test_the_stream_of_all_facts_begins_with_world(world: FactList, more: FactLi
     assert stream.ids[len(world) :] == more.ids
     assert load_facts("world") == world
     assert len(load_facts("world")) == 1480
+
+
+def test_the_parts_for_development_and_test_share_nothing_and_are_all_of_world(world: FactList) -> None:
+    parts = [load_facts(f"world-{part}") for part in ("development", "test")]
+    assert [len(part) for part in parts] == [370, 1110]
+    assert sorted(parts[0].ids + parts[1].ids) == sorted(world.ids)
+    known = set(known_facts().ids)
+    for part in parts:
+        knows = [i in known for i in part.ids]
+        assert knows == sorted(knows, reverse=True)
+        assert sum(knows) / len(knows) == pytest.approx(len(known) / len(world), abs=0.01)
+    with pytest.raises(FactError, match="part='train': world is split into development and test"):
+        world_split("train")
+    with pytest.raises(FactError, match="Did you mean 'world-test'"):
+        load_facts("world-tests")
