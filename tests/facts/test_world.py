@@ -51,11 +51,12 @@ def test_no_record_twice_and_no_contradiction(world: FactList) -> None:
     assert all(len(a) == 1 for a in answers.values())
 
 
-def test_neighbours_share_the_true_target_and_are_others(world: FactList) -> None:
-    subjects = defaultdict(set)
-    for fact in world:
+@pytest.mark.parametrize("table", ["world", "world-more"])
+def test_neighbours_share_the_true_target_and_are_others(table: str) -> None:
+    facts, subjects = load_facts(table), defaultdict(set)
+    for fact in facts:
         subjects[fact.relation, fact.target_true].add(fact.subject)
-    for fact in world:
+    for fact in facts:
         same = subjects[fact.relation, fact.target_true] - {fact.subject}
         for text in fact.neighborhood:
             assert any(other in text for other in same), (fact, text)
@@ -130,16 +131,6 @@ def test_templates_of_more_have_one_slot_and_those_of_worlds_relations_are_world
         else:
             templates = (entry["prompt"], *entry["paraphrases"], *entry["generation"])
             assert all(t.count("{}") == 1 and t == t.strip() for t in templates), relation
-
-
-def test_neighbours_in_more_share_the_true_target_and_are_others(more: FactList) -> None:
-    subjects = defaultdict(set)
-    for fact in more:
-        subjects[fact.relation, fact.target_true].add(fact.subject)
-    for fact in more:
-        same = subjects[fact.relation, fact.target_true] - {fact.subject}
-        for text in fact.neighborhood:
-            assert any(other in text for other in same), (fact, text)
 
 
 def test_no_object_of_more_is_named_in_its_subject(more: FactList) -> None:
