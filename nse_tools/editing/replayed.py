@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from nse_tools.editing.keys import hidden_states
 from nse_tools.editing.method import Method
 from nse_tools.editing.target_values import TargetValues
 from nse_tools.editing.values import weights_of_values
@@ -42,8 +42,9 @@ def replayed_targets(model: EditableModel, facts: Sequence[Fact], method: Method
     """
     first, *later = method.layers
     targets = {first: first_values.z}
+    rows = [locate_fact(model, fact, with_target=False).upto_subject for fact in facts]
     with weights_of_values(model, method):
-        states = _entering(model, facts, first + 1, method.last_layer).with_last(first_values.z)
+        states = LastTokenStates.record(model, rows, first + 1, method.last_layer, share=False).with_last(first_values.z)
         for layer in later:
             states = states.enter(layer)
             targets[layer] = states.hidden(layer).float().cpu()
@@ -54,11 +55,5 @@ def replayed_values(model: EditableModel, facts: Sequence[Fact], method: Method,
     """Return the values at layer L that follow from those at the first layer; searches and reasons to stop stay those of the first."""
     z = replayed_targets(model, facts, method, first_values)[method.last_layer]
     with weights_of_values(model, method):
-        h0 = _entering(model, facts, method.last_layer, method.last_layer).hidden(method.last_layer).float().cpu()
+        h0 = hidden_states(model, facts, method.last_layer)
     return replace(first_values, layer=method.last_layer, z=z, delta=z - h0, h0=h0)
-
-
-@torch.no_grad()
-def _entering(model: EditableModel, facts: Sequence[Fact], layer: int, last: int) -> LastTokenStates:
-    rows = [locate_fact(model, fact, with_target=False).upto_subject for fact in facts]
-    return LastTokenStates.record(model, rows, layer, last, share=False)

@@ -119,9 +119,9 @@ def write_values(
     """
     watch, writer = watch or Stopwatch(), writer or Writer(model, method.rounding)
     layers, last = method.edited_layers, method.last_layer
-    targets = _targets(model, method, facts, values, first_values)
     model.originals.keep(layers)
     with watch.time("states"):
+        targets = _targets(model, method, facts, values, first_values)
         states = FactStates.record(model, facts, contexts, layers[0], last)
         residuals = _residuals(states, values.z, last, "before the round")
     unit = float(residuals.norm(dim=1).mean()) if method.band_unit == "relative" else 1.0
