@@ -19,7 +19,7 @@ def comparison() -> Comparison:
 
 def test_it_is_of_five_hundred_edits_two_seeds_and_all_methods(comparison: Comparison) -> None:
     summary = comparison.summary().set_index("method")
-    assert set(summary.index) == {"unedited", "nse", "memit_seq", "memit", "alphaedit", "prune", "rect", "ft", "ft_l"}
+    assert set(summary.index) == {"unedited", "nse", "memit_seq", "memit", "alphaedit", "prune", "rect", "rome", "ft", "ft_l"}
     assert (summary.seeds >= 2).all()
     stopped = set(comparison.stopped.method)
     assert (summary.edits.drop(["unedited", *stopped]) >= 500).all()
