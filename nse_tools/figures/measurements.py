@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -12,8 +14,8 @@ from torch import Tensor
 from nse_tools.editing import EditRound, EditSession
 from nse_tools.evaluation import generate_texts, hidden_shift, round_scores
 from nse_tools.evaluation.neuron_usage import round_update
-from nse_tools.evaluation.scores import REWRITE
-from nse_tools.facts import Fact
+from nse_tools.evaluation.scores import NEIGHBORHOOD, REWRITE
+from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
 
 _EARLY = 20
@@ -79,6 +81,48 @@ def shift(session: EditSession, round: int) -> pd.DataFrame:
     found = hidden_shift(session, neighbors[:_PROMPTS], rounds=(0, round))
     shares = dict(zip(("explained1", "explained2"), found.explained, strict=True))
     return found.to_frame().rename(columns={"round": "as_of"}).assign(**shares)
+
+
+def neighbors(session: EditSession, round: int) -> pd.DataFrame:
+    """Return specificity apart for neighbour prompts that name a subject edited by then (``edited``) and those that do not.
+
+    Columns ``round``, ``edited``, ``prompts`` (how many), ``success`` and ``accuracy`` (percent, means over prompts) and the same of the
+    unedited model on the same prompts, ``success_before`` and ``accuracy_before``. A prompt counts as edited if it holds, as whole words,
+    the subject of an edited fact of the same relation (of any fact, where facts have no relation): an edit of that subject to
+    another target cannot leave the true one as likely as it was, so that what a method spoils shows in the others only.
+    """
+    if not round:
+        return pd.DataFrame()
+    now, before = (_on_neighbors(session, t, round) for t in (round, 0))
+    if now.empty:
+        return pd.DataFrame()
+    edited = _names_edited(session, round)
+    table = now.join(before, rsuffix="_before").reset_index()
+    found = table.groupby([edited(fact, prompt) for fact, prompt in zip(table.fact, table.prompt, strict=True)])
+    means = 100 * found[["success", "accuracy", "success_before", "accuracy_before"]].mean()
+    return means.assign(round=round, prompts=found.size()).rename_axis("edited").reset_index()
+
+
+def _on_neighbors(session: EditSession, round: int, upto: int) -> pd.DataFrame:
+    asked = [fact for batch in session.facts_at(upto) for fact in batch]
+    prompts = round_scores(session, round, FactList(asked)).prompts
+    own = prompts[prompts.kind == NEIGHBORHOOD]
+    return own.drop_duplicates(["fact", "prompt"]).set_index(["fact", "prompt"])[["success", "accuracy"]].astype(float)
+
+
+def _names_edited(session: EditSession, round: int) -> Callable[[str, str], bool]:
+    """Return what tells, of a fact's prompt, whether it names the subject of an edited fact of the same relation."""
+    subjects: dict[str | None, set[str]] = defaultdict(set)
+    relations = {}
+    for fact in (fact for batch in session.facts_at(round) for fact in batch):
+        relations[fact.id] = fact.relation
+        subjects[fact.relation].add(fact.subject)
+    named = {relation: _any_of(found) for relation, found in subjects.items()}
+    return lambda fact, prompt: bool(named[relations[fact]].search(prompt))
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(words)))})(?!\w)")
 
 
 def effects(session: EditSession, round: int) -> pd.DataFrame:

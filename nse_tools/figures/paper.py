@@ -19,6 +19,7 @@ from nse_tools.figures.runs import load_run
 Parts = Mapping[str, Comparison]
 TOLD = ("nse", "memit")
 """The methods whose answers are told, as in the paper's first figure."""
+NEIGHBORS = ("neighbours left alone", "the same, unedited model", "neighbours edited too")
 _MOVED = ("nse", "memit_seq", "memit", "alphaedit")
 _PANELS = {"p": "neuron_threshold", "α": "alpha", "λ": "mom2_update_weight", "layers": "layers"}
 
@@ -105,6 +106,15 @@ def moved_table(parts: Parts) -> pd.DataFrame:
     table = _first_seed(parts["sequence"].also["shift"])
     last = table["round"] == table.groupby("method")["round"].transform("max")
     return table[last & table.method.isin(_MOVED)].reset_index(drop=True)
+
+
+def neighbors_table(parts: Parts) -> pd.DataFrame:
+    """Return specificity at the end, a row a method and seed: on neighbours left alone, before and after, and on those edited as well."""
+    table = parts["sequence"].also["neighbors"]
+    last = table[table["round"] == table.groupby(["method", "seed"])["round"].transform("max")]
+    apart = last.pivot_table(index=["method", "seed"], columns="edited", values=["success", "success_before"], sort=False)
+    names = dict(zip((("success", False), ("success_before", False), ("success", True)), NEIGHBORS, strict=True))
+    return pd.DataFrame({name: apart.get(column) for column, name in names.items()}, index=apart.index).reset_index()
 
 
 def disturbed_table(parts: Parts) -> pd.DataFrame:
@@ -277,6 +287,13 @@ FIGURES: dict[str, PaperFigure] = {
             "hidden states of untouched prompts before and after",
             moved_table,
             lambda parts: plots.shift_planes(moved_table(parts)),
+        ),
+        PaperFigure(
+            "neighbors",
+            "sequence",
+            "specificity apart: neighbours that were left alone, and neighbours that the stream edits too",
+            neighbors_table,
+            lambda parts: plots.dots(neighbors_table(parts).rename(columns={"method": "variant"}), NEIGHBORS),
         ),
         PaperFigure(
             "disturbance",

@@ -125,7 +125,7 @@ COMPARED = ("nse", "memit_seq", "memit", "alphaedit", "prune", "rect", "rome", "
 
 
 def _sequence(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
-    also = {name: getattr(measurements, name) for name in ("answers", "drift", "ability", "shift", "effects", "times")}
+    also = {name: getattr(measurements, name) for name in ("answers", "drift", "ability", "shift", "neighbors", "effects", "times")}
     return {"sequence": Part(tuple(make(name) for name in COMPARED), also=also)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from models_small import build
 from nse_tools.cli import app
 from nse_tools.editing import EditSession, methods
 from nse_tools.errors import SettingError
-from nse_tools.evaluation import passages
+from nse_tools.evaluation import passages, score_facts
 from nse_tools.facts import Fact, FactList
 from nse_tools.figures import measurements
 from nse_tools.figures.paper import FIGURES, disturbed_table, draw_figure, reported
@@ -115,7 +116,7 @@ def test_a_cell_made_again_gives_the_same_numbers(small: EditableModel, stored: 
     options = {"size": SIZES["sequence"], "preset": None, "settings": SETTINGS, "progress": False}
     again = make_run("sequence", small, FACTS, tmp_path, only=["memit_seq"], **options)["sequence"]
     there = load_run("sequence", stored)["sequence"]
-    for name in ("answers", "drift", "effects", "shift"):
+    for name in ("answers", "drift", "effects", "neighbors", "shift"):
         own = there.also[name][there.also[name].method == "memit_seq"].reset_index(drop=True)
         pd.testing.assert_frame_equal(again.also[name], own, rtol=1e-4, atol=1e-5, check_dtype=False)
 
@@ -150,6 +151,39 @@ def test_the_search_for_a_recipe_changes_what_its_names_say() -> None:
 def test_sensitivity_keeps_to_the_models_layers() -> None:
     parts = RUNS["sensitivity"].parts(lambda name, **changed: methods.get(name, **changed), RUNS["sensitivity"].size, 10)
     assert [m.layers for m in parts["layers"].methods] == [(1, 2, 3, 4, 5), (3, 4, 5, 6, 7), (5, 6, 7, 8, 9)]
+
+
+def test_neighbors_are_told_apart_by_whether_their_subject_is_edited(small: EditableModel) -> None:
+    def measured(rounds: int) -> dict[str, tuple[bool, bool]]:
+        with session.at(rounds):
+            found = score_facts(small, FACTS, progress=False).prompts
+        own = found[found.kind == "neighborhood"]
+        return {prompt: (bool(s), bool(a)) for prompt, s, a in zip(own.prompt, own.success, own.accuracy, strict=True)}
+
+    session = EditSession(small, methods.nse(preset=None, **SETTINGS), progress=False, value_cache=False)
+    for batch in FACTS.rounds(2):
+        session.edit(batch)
+    now, before = measured(3), measured(0)
+    # "Berlin" is fact d's subject, and an edited one from round 2 on; "The tower" is not fact f's "Tower"
+    named = {"Berlin plays the"}
+    assert measurements.neighbors(session, 0).empty
+    assert measurements.neighbors(session, 1).edited.tolist() == [False]
+    found = measurements.neighbors(session, 3).set_index("edited")
+    for edited, prompts in ((True, named), (False, set(now) - named)):
+        row = found.loc[edited]
+        assert row.prompts == len(prompts)
+        for table, end in ((now, ""), (before, "_before")):
+            assert row[f"success{end}"] == pytest.approx(100 * np.mean([table[p][0] for p in prompts]))
+            assert row[f"accuracy{end}"] == pytest.approx(100 * np.mean([table[p][1] for p in prompts]))
+    session.rewind(to=0)
+
+
+def test_subjects_of_another_relation_do_not_count(small: EditableModel) -> None:
+    facts = [replace(f, relation="plays" if f.id == "d" else "other") for f in FACTS]
+    session = EditSession(small, methods.memit(preset=None, **SETTINGS), progress=False, value_cache=False)
+    session.edit(FactList(facts))
+    assert measurements.neighbors(session, 1).edited.tolist() == [False]
+    session.rewind(to=0)
 
 
 def test_effects_equal_a_naive_walk_through_the_rounds(small: EditableModel) -> None:
