@@ -137,9 +137,9 @@ def test_the_ablation_has_every_combination_once() -> None:
 
 
 def test_the_search_for_a_recipe_changes_what_its_names_say() -> None:
-    stages = RUNS["recipes"].parts(lambda name, **changed: methods.get(name, **changed), RUNS["recipes"].size, 30)
+    stages = RUNS["recipes"].parts(lambda name, **changed: methods.get(name, **{"v_stop_at_argmax": 3, **changed}), RUNS["recipes"].size, 30)
     own = {method.name: method for part in stages.values() for method in part.methods}
-    base = methods.nse().to_dict()
+    base = methods.nse(v_stop_at_argmax=3).to_dict()
     assert base == own["nse"].to_dict()
     changed = {name: {k for k, v in m.to_dict().items() if v != base[k]} - {"name"} for name, m in own.items()}
     assert all(changed[name] for name in own if name != "nse")
