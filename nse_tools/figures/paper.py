@@ -19,6 +19,7 @@ from nse_tools.figures.runs import load_run
 Parts = Mapping[str, Comparison]
 TOLD = ("nse", "memit")
 """The methods whose answers are told, as in the paper's first figure."""
+_FOUR = ("score", "efficacy_accuracy", "generalization", "specificity")
 NEIGHBORS = ("neighbours left alone", "the same, unedited model", "neighbours edited too")
 _MOVED = ("nse", "memit_seq", "memit", "alphaedit")
 _PANELS = {"p": "neuron_threshold", "α": "alpha", "λ": "mom2_update_weight", "layers": "layers"}
@@ -147,7 +148,7 @@ def reported() -> pd.DataFrame:
 def main_dots(parts: Parts) -> go.Figure:
     """Draw the main table's scores, a row a method."""
     ends = parts["sequence"].ends().rename(columns={"method": "variant"})
-    return plots.dots(ends, ("score", "efficacy_accuracy", "generalization", "specificity"))
+    return plots.dots(ends, _FOUR)
 
 
 def reported_dots(parts: Parts) -> go.Figure:
@@ -272,7 +273,7 @@ FIGURES: dict[str, PaperFigure] = {
             "recipes",
             "the search for a better recipe, on facts and seeds for development",
             ends_by_part,
-            lambda parts: plots.dots(ends_by_part(parts).rename(columns={"method": "variant"})),
+            lambda parts: plots.dots(ends_by_part(parts).rename(columns={"method": "variant"}), _FOUR),
         ),
         PaperFigure(
             "sensitivity",
