@@ -104,17 +104,20 @@ def neighbors(session: EditSession, round: int) -> pd.DataFrame:
 
 
 def _on_neighbors(session: EditSession, round: int, upto: int) -> pd.DataFrame:
-    asked = [fact for batch in session.facts_at(upto) for fact in batch]
-    prompts = round_scores(session, round, FactList(asked)).prompts
+    prompts = round_scores(session, round, _facts_at(session, upto)).prompts
     own = prompts[prompts.kind == NEIGHBORHOOD]
     return own.drop_duplicates(["fact", "prompt"]).set_index(["fact", "prompt"])[["success", "accuracy"]].astype(float)
+
+
+def _facts_at(session: EditSession, round: int) -> FactList:
+    return FactList(fact for batch in session.facts_at(round) for fact in batch)
 
 
 def _names_edited(session: EditSession, round: int) -> Callable[[str, str], bool]:
     """Return what tells, of a fact's prompt, whether it names the subject of an edited fact of the same relation."""
     subjects: dict[str | None, set[str]] = defaultdict(set)
     relations = {}
-    for fact in (fact for batch in session.facts_at(round) for fact in batch):
+    for fact in _facts_at(session, round):
         relations[fact.id] = fact.relation
         subjects[fact.relation].add(fact.subject)
     named = {relation: _any_of(found) for relation, found in subjects.items()}
