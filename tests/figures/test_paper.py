@@ -137,7 +137,9 @@ def test_the_ablation_has_every_combination_once() -> None:
 
 
 def test_the_search_for_a_recipe_changes_what_its_names_say() -> None:
-    stages = RUNS["recipes"].parts(lambda name, **changed: methods.get(name, **{"v_stop_at_argmax": 3, **changed}), RUNS["recipes"].size, 30)
+    stages = RUNS["recipes"].parts(
+        lambda name, **changed: methods.get(name, **{"v_stop_at_argmax": 3, **changed}), RUNS["recipes"].size, 30
+    )
     own = {method.name: method for part in stages.values() for method in part.methods}
     base = methods.nse(v_stop_at_argmax=3).to_dict()
     assert base == own["nse"].to_dict()
