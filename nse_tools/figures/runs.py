@@ -29,8 +29,38 @@ _SAMPLED = 5
 """Rounds of a long stream whose facts are asked again and again."""
 _log = logging.getLogger(__name__)
 
-Maker = Callable[..., Method]
-"""Name of a method and settings to change → the method, from the preset that was asked for."""
+
+RECIPE = "recipe"
+"""The name, in the runs, of NSE with what the search for a better recipe found: the preset ``<preset>-recipe``, where there is one."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes a run's methods, all from one preset.
+
+    Parameters
+    ----------
+    preset : str, optional
+        The preset.
+    settings : mapping
+        Settings of all methods to change.
+    """
+
+    preset: str | None = methods.DEFAULT_PRESET
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, method: str, **changed: Any) -> Method:
+        """Return a method by its name; what is changed for it comes last."""
+        return methods.get(method, preset=self.preset, **{**self.settings, **changed})
+
+    def each(self, names: Iterable[str]) -> tuple[Method, ...]:
+        """Return methods by their names; :data:`RECIPE` is among them only if the preset has one."""
+        made = (self._recipe() if name == RECIPE else self(name) for name in names)
+        return tuple(method for method in made if method is not None)
+
+    def _recipe(self) -> Method | None:
+        preset = f"{self.preset}-{RECIPE}"
+        return methods.nse(preset, **self.settings).with_(name=RECIPE) if preset in methods.presets() else None
 
 
 @dataclass(frozen=True)
@@ -106,7 +136,7 @@ class Run:
     asks : str
         The question, in one sentence.
     parts : callable
-        Takes a :data:`Maker`, the :class:`RunSize` and the model's number of layers; returns name → :class:`Part`.
+        Takes a :class:`Maker`, the :class:`RunSize` and the model's number of layers; returns name → :class:`Part`.
     size : RunSize
         For the embedded model: what the stored results are of.
     paper : RunSize
@@ -120,17 +150,17 @@ class Run:
     paper: RunSize
 
 
-COMPARED = ("nse", "memit_seq", "memit", "alphaedit", "prune", "rect", "rome", "ft", "ft_l")
+COMPARED = (RECIPE, "nse", "memit_seq", "memit", "alphaedit", "prune", "rect", "rome", "ft", "ft_l")
 """The methods of the main table, in its order."""
 
 
 def _sequence(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
     also = {name: getattr(measurements, name) for name in ("answers", "drift", "ability", "shift", "neighbors", "effects", "times")}
-    return {"sequence": Part(tuple(make(name) for name in COMPARED), also=also)}
+    return {"sequence": Part(make.each(COMPARED), also=also)}
 
 
 def _round_size(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
-    chosen = tuple(make(name) for name in ("nse", "memit_seq", "memit", "alphaedit"))
+    chosen = make.each((RECIPE, "nse", "memit_seq", "memit", "alphaedit"))
     return {f"of_{k}": Part(chosen, rounds_of=k) for k in (1, 5, 10, 20, 50, 100) if k <= size.n}
 
 
@@ -173,18 +203,18 @@ def _short(value: Any) -> str:
     return f"{value[0]}-{value[-1]}" if isinstance(value, tuple) else f"{value:g}"
 
 
-STRESSED = ("nse", "memit_seq")
+STRESSED = (RECIPE, "nse", "memit_seq")
 """The methods of long streams and of orders that make it hard."""
 
 
 def _orders(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
-    return {order: Part(tuple(make(name) for name in STRESSED), order=order) for order in ("shuffled", "packed", "spread")}
+    return {order: Part(make.each(STRESSED), order=order) for order in ("shuffled", "packed", "spread")}
 
 
 def _long(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
     n_rounds = -(-size.n // size.rounds_of)
     sampled = tuple(sorted({1, *(1 + round(i * (n_rounds - 1) / _SAMPLED) for i in range(1, _SAMPLED))}))
-    return {"long": Part(tuple(make(name) for name in STRESSED), facts_of=sampled)}
+    return {"long": Part(make.each(STRESSED), facts_of=sampled)}
 
 
 def _anatomy(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
@@ -293,7 +323,7 @@ def make_run(
     size = size or run.size
     if len(facts) < size.n:
         raise SettingError(f"The run {name!r} edits {size.n} facts; there are {len(facts)}. Give more facts, or a smaller size (n).")
-    parts = run.parts(_maker(preset, settings or {}), size, model.n_layers)
+    parts = run.parts(Maker(preset, settings or {}), size, model.n_layers)
     chosen = {part: _chosen(own, only) for part, own in parts.items()}
     if not any(chosen.values()):
         known = [method.name for own in parts.values() for method in own.methods]
@@ -343,10 +373,6 @@ def _text(model: EditableModel, part: Part, seed: int, progress: bool) -> Corpus
     if part.tokens_per_neuron is None:
         return None
     return sample_corpus(model, n_tokens=round(part.tokens_per_neuron * model.d_ff), seed=seed, progress=progress)
-
-
-def _maker(preset: str | None, settings: Mapping[str, Any]) -> Maker:
-    return lambda method, **changed: methods.get(method, preset=preset, **{**settings, **changed})
 
 
 def _chosen(part: Part, only: Iterable[str] | None) -> list[Method]:

@@ -21,7 +21,7 @@ from nse_tools.evaluation import passages, score_facts
 from nse_tools.facts import Fact, FactList
 from nse_tools.figures import measurements
 from nse_tools.figures.paper import FIGURES, disturbed_table, draw_figure, reported
-from nse_tools.figures.runs import RUNS, RunSize, load_run, make_run, variant_name
+from nse_tools.figures.runs import RUNS, Maker, RunSize, load_run, make_run, variant_name
 from nse_tools.models import EditableModel
 from nse_tools.tracing import sample_contexts
 
@@ -130,16 +130,14 @@ def test_the_steps_of_an_edit_add_up_to_its_time(stored: Path) -> None:
 
 
 def test_the_ablation_has_every_combination_once() -> None:
-    parts = RUNS["ablation"].parts(lambda name, **changed: methods.get(name, **changed), RUNS["ablation"].size, 30)
+    parts = RUNS["ablation"].parts(Maker(), RUNS["ablation"].size, 30)
     grid = {(m.values_under, m.use_history, m.neuron_threshold, m.passes): m.name for m in parts["ablation"].methods}
     assert len(grid) == len(parts["ablation"].methods) == 16
     assert all(name == variant_name(*combination) for combination, name in grid.items())
 
 
 def test_the_search_for_a_recipe_changes_what_its_names_say() -> None:
-    stages = RUNS["recipes"].parts(
-        lambda name, **changed: methods.get(name, **{"v_stop_at_argmax": 3, **changed}), RUNS["recipes"].size, 30
-    )
+    stages = RUNS["recipes"].parts(Maker(settings={"v_stop_at_argmax": 3}), RUNS["recipes"].size, 30)
     own = {method.name: method for part in stages.values() for method in part.methods}
     base = methods.nse(v_stop_at_argmax=3).to_dict()
     assert base == own["nse"].to_dict()
@@ -151,7 +149,7 @@ def test_the_search_for_a_recipe_changes_what_its_names_say() -> None:
 
 
 def test_sensitivity_keeps_to_the_models_layers() -> None:
-    parts = RUNS["sensitivity"].parts(lambda name, **changed: methods.get(name, **changed), RUNS["sensitivity"].size, 10)
+    parts = RUNS["sensitivity"].parts(Maker(), RUNS["sensitivity"].size, 10)
     assert [m.layers for m in parts["layers"].methods] == [(1, 2, 3, 4, 5), (3, 4, 5, 6, 7), (5, 6, 7, 8, 9)]
 
 
