@@ -54,6 +54,12 @@ def prose(page: Path) -> str:
     return _BLOCK.sub("", page.read_text(encoding="utf-8"))
 
 
+def table_behind(page: Path, mark: str) -> list[list[str]]:
+    """Return the rows of the table behind the comment ``<!-- table: mark -->``, its head left out, cells without emphasis and code."""
+    block = page.read_text(encoding="utf-8").split(f"<!-- table: {mark} -->\n")[1].split("\n\n")[0]
+    return [[re.sub(r"[`*]", "", cell.strip()) for cell in line.strip().strip("|").split("|")] for line in block.splitlines()[2:]]
+
+
 def label(page: Path) -> str:
     """Return a page's path within the repository."""
     return page.relative_to(ROOT).as_posix()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from nse_tools.evaluation import Comparison, load_comparison
-from pages_small import ROOT
+from pages_small import ROOT, table_behind
 
 COLUMNS = ("score", "efficacy_accuracy", "generalization", "specificity", "first_round_accuracy", "perplexity")
 
@@ -34,14 +32,11 @@ def test_it_names_the_commands_settings_and_versions(comparison: Comparison) -> 
 
 
 def test_readme_shows_its_table(comparison: Comparison) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("<!-- table: docs/results/comparison -->\n")[1].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in block.splitlines()[2:]]
+    rows = table_behind(ROOT / "README.md", "docs/results/comparison")
     expected = comparison.shown().set_index("method")
-    assert [re.sub(r"[`*]", "", row[0]) for row in rows] == [name.replace("unedited", "unedited model") for name in _by_score(comparison)]
-    for row in rows:
-        name = re.sub(r"[`*]", "", row[0]).replace("unedited model", "unedited")
-        assert [cell.replace("*", "") for cell in row[1:]] == [expected.loc[name, column] for column in COLUMNS]
+    assert [row[0] for row in rows] == [name.replace("unedited", "unedited model") for name in _by_score(comparison)]
+    for name, *shown in rows:
+        assert shown == [expected.loc[name.replace("unedited model", "unedited"), column] for column in COLUMNS]
 
 
 def _by_score(comparison: Comparison) -> list[str]:
