@@ -57,7 +57,8 @@ def prose(page: Path) -> str:
 def table_behind(page: Path, mark: str) -> list[list[str]]:
     """Return the rows of the table behind the comment ``<!-- table: mark -->``, its head left out, cells without emphasis and code."""
     block = page.read_text(encoding="utf-8").split(f"<!-- table: {mark} -->\n")[1].split("\n\n")[0]
-    return [[re.sub(r"[`*]", "", cell.strip()) for cell in line.strip().strip("|").split("|")] for line in block.splitlines()[2:]]
+    rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in block.splitlines()[2:]]
+    return [[re.sub(r"[`*]", "", cell.strip()).replace("\\|", "|") for cell in row] for row in rows]
 
 
 def label(page: Path) -> str:
