@@ -165,6 +165,11 @@ def ends_by_part(parts: Parts) -> pd.DataFrame:
     return pd.concat([made.ends().assign(part=part) for part, made in parts.items()], ignore_index=True)
 
 
+def variants_table(parts: Parts) -> pd.DataFrame:
+    """Return every part's measures at the end, the highest Score first."""
+    return ends_by_part(parts).sort_values("score", ascending=False, ignore_index=True)
+
+
 def _by_part_and_method(parts: Parts) -> pd.DataFrame:
     table = ends_by_part(parts)
     return table.assign(variant=table.method + ", " + table.part)
@@ -273,8 +278,8 @@ FIGURES: dict[str, PaperFigure] = {
             "recipes",
             "recipes",
             "the search for a better recipe, on facts and seeds for development",
-            ends_by_part,
-            lambda parts: plots.dots(ends_by_part(parts).rename(columns={"method": "variant"}), _FOUR),
+            variants_table,
+            lambda parts: plots.dots(variants_table(parts).rename(columns={"method": "variant"}), _FOUR),
         ),
         PaperFigure(
             "sensitivity",
@@ -295,7 +300,11 @@ FIGURES: dict[str, PaperFigure] = {
             "sequence",
             "specificity apart: neighbours that were left alone, and neighbours that the stream edits too",
             neighbors_table,
-            lambda parts: plots.dots(neighbors_table(parts).rename(columns={"method": "variant"}), NEIGHBORS),
+            lambda parts: plots.dots(
+                neighbors_table(parts).rename(columns={"method": "variant"}),
+                NEIGHBORS,
+                title="Success on neighbours, after all edits and before: those left alone and those edited too",
+            ),
         ),
         PaperFigure(
             "disturbance",

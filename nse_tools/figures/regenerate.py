@@ -97,9 +97,9 @@ def compared(measure: str, facts_of: int | None = None) -> FolderRecipe:
     return FolderRecipe("comparison", lambda place: plots.comparison_curve(load_comparison(place), measure, facts_of))
 
 
-def of_paper(name: str) -> FolderRecipe:
-    """Return the recipe of one of the paper's figures, from the stored results of its run."""
-    return FolderRecipe(f"paper/{find_figure(name).run}", lambda place: draw_figure(name, place.parent)[0])
+def of_paper(name: str, runs: str = "paper") -> FolderRecipe:
+    """Return the recipe of one of the paper's figures, from the stored results of its run in a folder of runs."""
+    return FolderRecipe(f"{runs}/{find_figure(name).run}", lambda place: draw_figure(name, place.parent)[0])
 
 
 def _digest(file: Path) -> str:
@@ -119,6 +119,8 @@ def _of_sequence(name: str, *tables: str) -> tuple[str, ...]:
     return tuple(f"forgetting/{name}_{table}.csv" for table in tables)
 
 
+_OF_PAPER = ("anatomy", "ablation", "recipes")
+"""The figures of :mod:`nse_tools.figures.paper` whose results are stored, and that a page shows."""
 RECIPES: dict[str, Recipe | FolderRecipe] = {
     "world_scores": Recipe(("world_nse.csv", "world_memit.csv"), lambda nse, memit: plots.scores({"NSE": nse, "MEMIT": memit})),
     "world_residuals": Recipe(("world_nse_residuals.csv",), plots.residuals),
@@ -131,8 +133,8 @@ RECIPES: dict[str, Recipe | FolderRecipe] = {
     "search_speed": Recipe(("bench/value_search.csv",), plots.search_speed),
     "round_seconds": Recipe(("bench/rounds_flat.csv",), plots.round_seconds),
     "cluster_scaling": Recipe(("bench/cluster_simulation.csv",), plots.cluster_scaling),
-    "anatomy": of_paper("anatomy"),
-    "ablation": of_paper("ablation"),
+    **{name: of_paper(name) for name in _OF_PAPER},
+    "recipes_long": of_paper("recipes", "paper/long_search"),
     "comparison_score": compared("score"),
     "comparison_accuracy": compared("efficacy_accuracy"),
     "comparison_first_round": compared("efficacy_accuracy", facts_of=1),

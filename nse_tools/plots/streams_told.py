@@ -42,7 +42,8 @@ def told_stream(answers: pd.DataFrame, edits: Mapping[int, int], facts: Sequence
     shares = ", ".join(f"{name} {own.accuracy.mean():.0%}" for name, own in last.groupby("method", sort=False))
     n = answers.fact.nunique()
     found = f"Of {n} facts of the first round, answered as edited after {edits[int(last['round'].iloc[0])]} edits: {shares}"
-    fig = panels(title or found, names, width=300 + 360 * len(names), height=150 + 44 * len(chosen), gap=0.03, tall=True)
+    width = 440 + 80 * answers["round"].nunique() * len(names)  # labels and scale, then cells that hold a dozen characters
+    fig = panels(title or found, names, width=width, height=150 + 44 * len(chosen), gap=0.03, tall=True)
     for col, name in enumerate(names, start=1):
         own = answers[(answers.method == name) & answers.fact.isin(chosen)]
         _add_method(fig, col, own.assign(state=own.accuracy + own.success.clip(lower=own.accuracy)), edits, chosen)

@@ -34,7 +34,16 @@ def test_the_shapes_that_presets_were_made_for() -> None:
         "gpt-j-6b": (28, 4096, 16384),
         "llama3-8b": (32, 4096, 14336),
         "smollm2-135m": (30, 576, 1536),
+        "smollm2-135m-recipe": (30, 576, 1536),
     }
+
+
+def test_a_preset_like_another_has_its_tables_but_for_settings_of_its_own() -> None:
+    base, recipe = (methods.presets()[name] for name in ("smollm2-135m", "smollm2-135m-recipe"))
+    assert recipe.keys() == base.keys()
+    assert all(recipe[table] == base[table] for table in base if table != "nse")
+    assert recipe["nse"].keys() > base["nse"].keys()
+    assert (recipe["nse"]["v_lr"], recipe["nse"]["solver"]) == (base["nse"]["v_lr"], "null_space")
 
 
 def test_the_relatives_differ_from_nse_where_they_should() -> None:

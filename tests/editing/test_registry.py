@@ -37,6 +37,7 @@ def test_every_method_can_be_built_by_its_name_for_every_preset(name: str, prese
 def test_the_relatives_are_memit_with_one_part_changed() -> None:
     for preset in methods.presets():
         memit, seq = methods.memit(preset), methods.memit_seq(preset)
+        assert (memit.values_under, memit.solver, memit.ridge) == ("current", "least_squares", 0)
         assert set(methods.describe(memit, seq).to_frame().setting) == {"use_history"}
         assert set(methods.describe(memit, methods.rect(preset)).to_frame().setting) == {"keep_share"}
         assert set(methods.describe(memit, methods.prune(preset)).to_frame().setting) == {"compress"}

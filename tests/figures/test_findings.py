@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
 import pytest
 
+from nse_tools.editing import methods
 from nse_tools.figures.paper import ends_by_part
 from nse_tools.figures.runs import load_run
 from pages_small import ROOT, table_behind
@@ -18,3 +23,25 @@ def test_the_page_shows_every_variant_of_a_search_with_its_numbers(folder: str) 
     rows = table_behind(ROOT / "docs" / "findings.md", f"{folder}/recipes")
     assert {row[0]: row[1:] for row in rows} == expected
     assert [row[1] for row in rows] == sorted((row[1] for row in rows), reverse=True)
+
+
+def test_the_page_shows_what_the_test_has_so_far() -> None:
+    summary = load_run("sequence", ROOT / "docs/results/paper")["sequence"].summary().set_index("method")
+    expected = {name: [f"{row[column]:.1f}".replace("nan", "–") for column in COLUMNS] for name, row in summary.iterrows()}
+    assert {row[0]: row[1:] for row in table_behind(ROOT / "docs" / "findings.md", "docs/results/paper/sequence")} == expected
+
+
+def test_the_recipe_is_what_the_long_search_found_best_within_the_bound_of_perplexity() -> None:
+    parts = load_run("recipes", ROOT / "docs/results/paper/long_search")
+    ends = pd.concat([part.ends() for part in parts.values()])
+    unedited = next(iter(parts.values())).summary().perplexity.iloc[0]
+    within = ends[ends.perplexity <= 1.1 * unedited].set_index("method")
+    best = within.score.idxmax()
+    found = next(part.methods[best] for part in parts.values() if best in part.methods)
+    assert _settings(found) == _settings(methods.nse("smollm2-135m-recipe", v_stop_at_argmax=3).to_dict())
+
+
+def _settings(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's settings without its names; products of settings are rounded."""
+    own = {key: value for key, value in method.items() if key not in ("name", "preset")}
+    return {key: round(value, 9) if isinstance(value, float) else value for key, value in own.items()}

@@ -159,14 +159,12 @@ def test_the_search_for_a_recipe_changes_what_its_names_say() -> None:
     assert own["nse, first and last layer"].spread == "ends"
 
 
-def test_the_recipe_is_compared_where_the_preset_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = methods.presets()
-    own = known["smollm2-135m"]["nse"] | {"clamp_norm_factor": 0.5, "v_stop_at_argmax": 1}
-    monkeypatch.setattr(methods, "presets", lambda: known | {"smollm2-135m-recipe": known["smollm2-135m"] | {"nse": own}})
+def test_the_recipe_is_compared_where_the_preset_has_one() -> None:
     asked = ("recipe", "nse", "memit")
     assert [m.name for m in Maker("gpt2-xl").each(asked)] == [m.name for m in Maker(None, SETTINGS).each(asked)] == ["nse", "memit"]
     recipe, nse, _ = Maker(settings={"v_stop_at_argmax": 3}).each(asked)
-    assert recipe == nse.with_(name="recipe", preset="smollm2-135m-recipe", clamp_norm_factor=0.5)
+    assert recipe == methods.nse("smollm2-135m-recipe", v_stop_at_argmax=3).with_(name="recipe")
+    assert nse.values_under != recipe.values_under
 
 
 def test_sensitivity_keeps_to_the_models_layers() -> None:
