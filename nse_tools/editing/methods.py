@@ -56,9 +56,10 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def _on_its_base(own: dict[str, Any], read: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    base = read[own["like"]] if "like" in own else {}
-    tables = dict.fromkeys([*base, *own])
-    return {table: base.get(table, {}) | own.get(table, {}) for table in tables if table != "like"}
+    if "like" not in own:
+        return own
+    base = read[own["like"]]
+    return {table: base.get(table, {}) | own.get(table, {}) for table in base | own if table != "like"}
 
 
 @own
@@ -68,8 +69,8 @@ def nse(preset: str | None = DEFAULT_PRESET, **settings: Any) -> Method:
     Parameters
     ----------
     preset : str, optional
-        Settings to start from: ``"smollm2-135m"`` (tuned here), ``"smollm2-135m-recipe"`` (what a search found to be better than NSE
-        there), or as released for ``"gpt2-xl"``, ``"gpt-j-6b"``, ``"llama3-8b"``. With None, give at least ``layers``.
+        Settings to start from: ``"smollm2-135m"`` (tuned here), ``"smollm2-135m-recipe"`` (what a search on development
+        facts found best there), or as released for ``"gpt2-xl"``, ``"gpt-j-6b"``, ``"llama3-8b"``. With None, give at least ``layers``.
     settings
         Settings of :class:`Method` to change.
 

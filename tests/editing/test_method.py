@@ -41,9 +41,11 @@ def test_the_shapes_that_presets_were_made_for() -> None:
 def test_a_preset_like_another_has_its_tables_but_for_settings_of_its_own() -> None:
     base, recipe = (methods.presets()[name] for name in ("smollm2-135m", "smollm2-135m-recipe"))
     assert recipe.keys() == base.keys()
-    assert all(recipe[table] == base[table] for table in base if table != "nse")
+    assert all(recipe[table] == base[table] for table in base if table not in ("nse", "alphaedit"))
     assert recipe["nse"].keys() > base["nse"].keys()
     assert (recipe["nse"]["v_lr"], recipe["nse"]["solver"]) == (base["nse"]["v_lr"], "null_space")
+    name = "smollm2-135m-recipe"
+    assert methods.alphaedit(name).with_(name="nse") == methods.nse(name)
 
 
 def test_the_relatives_differ_from_nse_where_they_should() -> None:

@@ -44,7 +44,7 @@ def test_the_relatives_are_memit_with_one_part_changed() -> None:
         alpha = methods.alphaedit(preset)
         differing = set(methods.describe(seq, alpha).to_frame().setting)
         assert {"solver", "ridge"} <= differing <= {"solver", "ridge", "mom2_update_weight", "nullspace_threshold", "nullspace_unit"}
-        if preset != "smollm2-135m":  # as released
+        if not preset.startswith("smollm2-135m"):  # as released
             assert (alpha.nullspace_threshold, alpha.nullspace_unit, alpha.ridge) == (0.02, "absolute", 10)
     assert (methods.rect().keep_share, methods.prune().compress_base) == (0.4, 1.2)
 
