@@ -19,7 +19,14 @@ from nse_tools.figures.runs import load_run
 Parts = Mapping[str, Comparison]
 TOLD = ("nse", "memit")
 """The methods whose answers are told, as in the paper's first figure."""
+_THREE = ("score", "efficacy_accuracy", "specificity")
 _FOUR = ("score", "efficacy_accuracy", "generalization", "specificity")
+_OF_QUESTIONS = {
+    "score": "score_token_accuracy",
+    "generalization": "generalization_token_accuracy",
+    "specificity": "locality_token_accuracy",
+}
+"""What stands for a measure where facts are questions without a true target (zsRE)."""
 NEIGHBORS = ("neighbours left alone", "the same, unedited model", "neighbours edited too")
 _MOVED = ("nse", "memit_seq", "memit", "alphaedit")
 _PANELS = {"p": "neuron_threshold", "α": "alpha", "λ": "mom2_update_weight", "layers": "layers"}
@@ -76,13 +83,19 @@ def draw_figure(name: str, folder: str | Path) -> tuple[go.Figure, pd.DataFrame]
     return chosen.draw(parts), chosen.table(parts)
 
 
+def _taken(parts: Parts, *measures: str) -> list[str]:
+    """Return the measures, each that these facts do not have replaced by what stands for it."""
+    made = next(iter(parts.values()))
+    return [measure if made.has(measure) else _OF_QUESTIONS.get(measure, measure) for measure in measures]
+
+
 # ---- one run's comparison --------------------------------------------------------------------------------------------
 def _curve(
     measure: str, facts_of: int | None = None, part: str = "sequence"
 ) -> tuple[Callable[[Parts], pd.DataFrame], Callable[[Parts], go.Figure]]:
     return (
-        lambda parts: parts[part].curve(measure, facts_of),
-        lambda parts: plots.comparison_curve(parts[part], measure, facts_of),
+        lambda parts: parts[part].curve(*_taken(parts, measure), facts_of),
+        lambda parts: plots.comparison_curve(parts[part], *_taken(parts, measure), facts_of),
     )
 
 
@@ -110,8 +123,16 @@ def moved_table(parts: Parts) -> pd.DataFrame:
 
 
 def neighbors_table(parts: Parts) -> pd.DataFrame:
-    """Return specificity at the end, a row a method and seed: on neighbours left alone, before and after, and on those edited as well."""
+    """Return specificity at the end, a row a method and seed: on neighbours left alone, before and after, and on those edited as well.
+
+    Raises
+    ------
+    SettingError
+        If no fact has a neighbourhood prompt.
+    """
     table = parts["sequence"].also["neighbors"]
+    if "edited" not in table:
+        raise SettingError("neighbors: none of the facts has a neighbourhood prompt; draw sequence_specificity, which also knows locality.")
     last = table[table["round"] == table.groupby(["method", "seed"])["round"].transform("max")]
     apart = last.pivot_table(index=["method", "seed"], columns="edited", values=["success", "success_before"], sort=False)
     names = dict(zip((("success", False), ("success_before", False), ("success", True)), NEIGHBORS, strict=True))
@@ -148,8 +169,12 @@ def reported() -> pd.DataFrame:
 
 def main_dots(parts: Parts) -> go.Figure:
     """Draw the main table's scores, a row a method."""
-    ends = parts["sequence"].ends().rename(columns={"method": "variant"})
-    return plots.dots(ends, _FOUR)
+    return _dots(parts, parts["sequence"].ends(), _FOUR)
+
+
+def _dots(parts: Parts, ends: pd.DataFrame, measures: tuple[str, ...] = _THREE) -> go.Figure:
+    """Draw measures at the end, a row a method, or a row a ``variant`` where the table has them."""
+    return plots.dots(ends if "variant" in ends else ends.rename(columns={"method": "variant"}), _taken(parts, *measures))
 
 
 def reported_dots(parts: Parts) -> go.Figure:
@@ -167,7 +192,7 @@ def ends_by_part(parts: Parts) -> pd.DataFrame:
 
 def variants_table(parts: Parts) -> pd.DataFrame:
     """Return every part's measures at the end, the highest Score first."""
-    return ends_by_part(parts).sort_values("score", ascending=False, ignore_index=True)
+    return ends_by_part(parts).sort_values(_taken(parts, "score"), ascending=False, ignore_index=True)
 
 
 def _by_part_and_method(parts: Parts) -> pd.DataFrame:
@@ -176,9 +201,10 @@ def _by_part_and_method(parts: Parts) -> pd.DataFrame:
 
 
 def size_table(parts: Parts) -> pd.DataFrame:
-    """Return the measures at the end with ``rounds_of``, in its order."""
+    """Return the measures at the end with ``rounds_of``, in its order; methods stay in the run's."""
     table = ends_by_part(parts)
-    return table.assign(rounds_of=table.part.str.removeprefix("of_").astype(int)).sort_values(["rounds_of", "method"], ignore_index=True)
+    sized = table.assign(rounds_of=table.part.str.removeprefix("of_").astype(int))
+    return sized.sort_values("rounds_of", kind="stable", ignore_index=True)
 
 
 def sensitivity_tables(parts: Parts) -> dict[str, pd.DataFrame]:
@@ -236,7 +262,7 @@ FIGURES: dict[str, PaperFigure] = {
             "round_size",
             "Figure 4: Score by the number of facts in a round",
             size_table,
-            lambda parts: plots.against_size(size_table(parts)),
+            lambda parts: plots.against_size(size_table(parts), *_taken(parts, "score")),
         ),
         PaperFigure(
             "ability",
@@ -259,14 +285,14 @@ FIGURES: dict[str, PaperFigure] = {
             "ablation",
             "the ablation grid: values × old keys × p × passes",
             _ends("ablation"),
-            lambda parts: plots.dots(parts["ablation"].ends().rename(columns={"method": "variant"})),
+            lambda parts: _dots(parts, parts["ablation"].ends()),
         ),
         PaperFigure(
             "orders",
             "orders",
             "the same facts shuffled, with similar keys packed together, and spread apart",
             ends_by_part,
-            lambda parts: plots.dots(_by_part_and_method(parts)),
+            lambda parts: _dots(parts, _by_part_and_method(parts)),
         ),
         PaperFigure(
             "long",
@@ -279,14 +305,14 @@ FIGURES: dict[str, PaperFigure] = {
             "recipes",
             "the search for a better recipe, on facts and seeds for development",
             variants_table,
-            lambda parts: plots.dots(variants_table(parts).rename(columns={"method": "variant"}), _FOUR),
+            lambda parts: _dots(parts, variants_table(parts), _FOUR),
         ),
         PaperFigure(
             "sensitivity",
             "sensitivity",
             "Score and accuracy against p, α, λ, layers, contexts, tokens for C",
             _sensitivity_table,
-            lambda parts: plots.sensitivity(sensitivity_tables(parts)),
+            lambda parts: plots.sensitivity(sensitivity_tables(parts), _taken(parts, *_THREE)),
         ),
         PaperFigure(
             "shift",

@@ -59,7 +59,7 @@ def dots(
 
 
 def against_size(table: pd.DataFrame, measure: str = "score", title: str | None = None) -> go.Figure:
-    """Draw a measure against the number of facts in a round: a line a method, marks for seeds.
+    """Draw a measure against the number of facts in a round: a line a method, mean over seeds.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from nse_tools.cli import app
 from nse_tools.editing import EditSession, methods
 from nse_tools.errors import SettingError
 from nse_tools.evaluation import passages, score_facts
-from nse_tools.facts import Fact, FactList
+from nse_tools.facts import Fact, FactList, Question
 from nse_tools.figures import measurements
 from nse_tools.figures.paper import FIGURES, disturbed_table, draw_figure, reported, times_table
 from nse_tools.figures.runs import RUNS, Maker, RunSize, load_run, make_run, variant_name
@@ -248,6 +248,29 @@ def test_forgotten_facts_and_disturbance_are_of_the_same_facts(stored: Path) -> 
     table = disturbed_table(parts)
     assert set(table.holds.unique()) <= {0.0, 1.0}
     assert (table.groupby(["method", "seed"]).size() == 4).all()
+
+
+def test_questions_as_zsre_has_them_are_drawn_by_their_own_measures(small: EditableModel, tmp_path: Path) -> None:
+    asked = (Question("The capital of Italy is", "Rome"),)
+    facts = FactList(replace(f, target_true=None, neighborhood=(), paraphrases=("It is in",), locality=asked) for f in FACTS)
+    options = {"preset": None, "settings": SETTINGS, "progress": False}
+    for name, only in (("sequence", ["memit"]), ("round_size", ["memit"]), ("recipes", ["nse"]), ("orders", ["nse"])):
+        make_run(name, small, facts, tmp_path, size=SIZES[name], only=only, **options)
+    own = load_run("sequence", tmp_path)["sequence"]
+    stands_for = {
+        "sequence_score": "score_token_accuracy",
+        "sequence_generalization": "generalization_token_accuracy",
+        "sequence_specificity": "locality_token_accuracy",
+    }
+    for name, measure in stands_for.items():
+        pd.testing.assert_frame_equal(draw_figure(name, tmp_path)[1], own.curve(measure))
+    for name in ("told", "main", "disturbance", "round_size", "recipes", "orders"):
+        figure, table = draw_figure(name, tmp_path)
+        assert len(table), name
+        if name == "main":
+            assert [trace.name for trace in figure.data][0::2] == ["score token accuracy", "generalization token accuracy"]
+    with pytest.raises(SettingError, match="neighbourhood prompt"):
+        draw_figure("neighbors", tmp_path)
 
 
 def test_reported_scores_are_those_of_the_paper() -> None:
