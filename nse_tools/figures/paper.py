@@ -83,10 +83,10 @@ def draw_figure(name: str, folder: str | Path) -> tuple[go.Figure, pd.DataFrame]
     return chosen.draw(parts), chosen.table(parts)
 
 
-def _taken(parts: Parts, *measures: str) -> list[str]:
-    """Return the measures, each that these facts do not have replaced by what stands for it."""
-    made = next(iter(parts.values()))
-    return [measure if made.has(measure) else _OF_QUESTIONS.get(measure, measure) for measure in measures]
+def _taken(parts: Parts, measure: str) -> str:
+    """Return the measure, or what stands for it if these facts do not have it."""
+    has = next(iter(parts.values())).has(measure)
+    return measure if has else _OF_QUESTIONS.get(measure, measure)
 
 
 # ---- one run's comparison --------------------------------------------------------------------------------------------
@@ -94,8 +94,8 @@ def _curve(
     measure: str, facts_of: int | None = None, part: str = "sequence"
 ) -> tuple[Callable[[Parts], pd.DataFrame], Callable[[Parts], go.Figure]]:
     return (
-        lambda parts: parts[part].curve(*_taken(parts, measure), facts_of),
-        lambda parts: plots.comparison_curve(parts[part], *_taken(parts, measure), facts_of),
+        lambda parts: parts[part].curve(_taken(parts, measure), facts_of),
+        lambda parts: plots.comparison_curve(parts[part], _taken(parts, measure), facts_of),
     )
 
 
@@ -174,7 +174,7 @@ def main_dots(parts: Parts) -> go.Figure:
 
 def _dots(parts: Parts, ends: pd.DataFrame, measures: tuple[str, ...] = _THREE) -> go.Figure:
     """Draw measures at the end, a row a method, or a row a ``variant`` where the table has them."""
-    return plots.dots(ends if "variant" in ends else ends.rename(columns={"method": "variant"}), _taken(parts, *measures))
+    return plots.dots(ends if "variant" in ends else ends.rename(columns={"method": "variant"}), [_taken(parts, m) for m in measures])
 
 
 def reported_dots(parts: Parts) -> go.Figure:
@@ -262,7 +262,7 @@ FIGURES: dict[str, PaperFigure] = {
             "round_size",
             "Figure 4: Score by the number of facts in a round",
             size_table,
-            lambda parts: plots.against_size(size_table(parts), *_taken(parts, "score")),
+            lambda parts: plots.against_size(size_table(parts), _taken(parts, "score")),
         ),
         PaperFigure(
             "ability",
@@ -312,7 +312,7 @@ FIGURES: dict[str, PaperFigure] = {
             "sensitivity",
             "Score and accuracy against p, α, λ, layers, contexts, tokens for C",
             _sensitivity_table,
-            lambda parts: plots.sensitivity(sensitivity_tables(parts), _taken(parts, *_THREE)),
+            lambda parts: plots.sensitivity(sensitivity_tables(parts), [_taken(parts, m) for m in _THREE]),
         ),
         PaperFigure(
             "shift",
