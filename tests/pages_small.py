@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ import pytest
 import nse_tools
 from models_small import CONTEXTS, build, moments_for
 from nse_tools.editing import registry
+from nse_tools.evaluation import Comparison
+from nse_tools.evaluation.comparison import UNEDITED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -59,6 +61,13 @@ def table_behind(page: Path, mark: str) -> list[list[str]]:
     block = page.read_text(encoding="utf-8").split(f"<!-- table: {mark} -->\n")[1].split("\n\n")[0]
     rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in block.splitlines()[2:]]
     return [[re.sub(r"[`*]", "", cell.strip()).replace("\\|", "|") for cell in row] for row in rows]
+
+
+def rows_of(comparison: Comparison, columns: Sequence[str]) -> list[list[str]]:
+    """Return the rows that a page's table of a comparison shows: the unedited model, then the methods, the highest Score first."""
+    summary, shown = comparison.summary().set_index("method"), comparison.shown().set_index("method")
+    by_score = summary.score.drop(UNEDITED).sort_values(ascending=False).index
+    return [[name, *shown.loc[name, list(columns)]] for name in (UNEDITED, *by_score)]
 
 
 def label(page: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nse_tools.evaluation import Comparison, load_comparison
-from pages_small import ROOT, table_behind
+from pages_small import ROOT, rows_of, table_behind
 
 COLUMNS = ("score", "efficacy_accuracy", "generalization", "specificity", "first_round_accuracy", "perplexity")
 
@@ -33,12 +33,4 @@ def test_it_names_the_commands_settings_and_versions(comparison: Comparison) -> 
 
 def test_readme_shows_its_table(comparison: Comparison) -> None:
     rows = table_behind(ROOT / "README.md", "docs/results/comparison")
-    expected = comparison.shown().set_index("method")
-    assert [row[0] for row in rows] == [name.replace("unedited", "unedited model") for name in _by_score(comparison)]
-    for name, *shown in rows:
-        assert shown == [expected.loc[name.replace("unedited model", "unedited"), column] for column in COLUMNS]
-
-
-def _by_score(comparison: Comparison) -> list[str]:
-    summary = comparison.summary().set_index("method")
-    return ["unedited", *summary.score.drop("unedited").sort_values(ascending=False).index]
+    assert [[row[0].removesuffix(" model"), *row[1:]] for row in rows] == rows_of(comparison, COLUMNS)
