@@ -56,10 +56,11 @@ def prose(page: Path) -> str:
     return _BLOCK.sub("", page.read_text(encoding="utf-8"))
 
 
-def table_behind(page: Path, mark: str) -> list[list[str]]:
-    """Return the rows of the table behind the comment ``<!-- table: mark -->``, its head left out, cells without emphasis and code."""
+def table_behind(page: Path, mark: str, *, head: bool = False) -> list[list[str]]:
+    """Return the rows of the table behind the comment ``<!-- table: mark -->``, cells without emphasis and code; its head on request."""
     block = page.read_text(encoding="utf-8").split(f"<!-- table: {mark} -->\n")[1].split("\n\n")[0]
-    rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in block.splitlines()[2:]]
+    lines = block.splitlines()
+    rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in (lines[:1] if head else []) + lines[2:]]
     return [[re.sub(r"[`*]", "", cell.strip()).replace("\\|", "|") for cell in row] for row in rows]
 
 

@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 
 from nse_tools.editing import methods
+from nse_tools.facts import load_facts
 from nse_tools.figures.paper import ends_by_part
 from nse_tools.figures.runs import load_run
+from nse_tools.models import EditableModel
 from pages_small import ROOT, rows_of, table_behind
 
 COLUMNS = ("score", "efficacy_accuracy", "generalization", "specificity", "first_round_accuracy", "perplexity")
@@ -28,6 +30,18 @@ def test_the_page_shows_every_variant_of_a_search_with_its_numbers(folder: str) 
 def test_the_page_shows_what_the_test_has() -> None:
     test = load_run("sequence", ROOT / "docs/results/paper")["sequence"]
     assert table_behind(ROOT / "docs" / "findings.md", "docs/results/paper/sequence") == rows_of(test, ("seeds", *COLUMNS))
+
+
+def test_the_page_shows_how_many_facts_are_lost_by_the_length_of_their_target(smollm: EditableModel) -> None:
+    test = load_run("sequence", ROOT / "docs/results/paper")["sequence"]
+    targets = {fact.id: smollm.tokenizer(f" {fact.target_new}", add_special_tokens=False).input_ids for fact in load_facts("world-test")}
+    ends = test.scores[test.scores["round"] == test.scores["round"].max()]
+    length = ends.fact.map(targets).map(len)
+    facts = ends.fact.drop_duplicates().map(targets).map(len).value_counts()
+    shown = (100 - ends.groupby([length.rename("tokens"), "method"]).efficacy_accuracy.mean()).unstack()
+    head, *rows = table_behind(ROOT / "docs" / "findings.md", "lost by length of target", head=True)
+    assert set(head[2:]) == set(shown.columns)
+    assert rows == [[str(k), str(facts[k]), *(f"{shown.loc[k, name]:.0f}" for name in head[2:])] for k in shown.index]
 
 
 def test_the_recipe_is_what_the_long_search_found_best_within_the_bound_of_perplexity() -> None:
