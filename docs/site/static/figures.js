@@ -14,8 +14,10 @@
       const { data, layout } = JSON.parse(place.figure);
       layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
       layout.font = { ...layout.font, color: text };
-      layout.autosize = true;
-      delete layout.width;
+      // cells with texts are scrolled where they are much wider than the page: squeezed, their texts would lie on each other
+      const written = data.some((trace) => trace.texttemplate);
+      layout.autosize = !(written && layout.width > 1.2 * place.clientWidth);
+      if (layout.autosize) delete layout.width;
       for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key))) {
         layout[name] = { ...layout[name], gridcolor: grid, zerolinecolor: grid, linecolor: text };
       }
