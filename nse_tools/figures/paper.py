@@ -14,7 +14,7 @@ from nse_tools import plots
 from nse_tools.errors import SettingError, nearest
 from nse_tools.evaluation import Comparison
 from nse_tools.evaluation.scores import SCORED, harmonic_mean
-from nse_tools.figures.runs import load_run
+from nse_tools.figures.runs import RECIPE, load_run
 
 Parts = Mapping[str, Comparison]
 TOLD = ("nse", "memit")
@@ -28,7 +28,7 @@ _OF_QUESTIONS = {
 }
 """What stands for a measure where facts are questions without a true target (zsRE)."""
 NEIGHBORS = ("neighbours left alone", "the same, unedited model", "neighbours edited too")
-_MOVED = ("nse", "memit_seq", "memit", "alphaedit")
+_MOVED = ("nse", "memit", "alphaedit", RECIPE)
 _PANELS = {"p": "neuron_threshold", "α": "alpha", "λ": "mom2_update_weight", "layers": "layers"}
 
 
