@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 def executed_copy(path: Path, folder: str | Path) -> Path:
     """Return where a notebook's executed copy is kept, for this notebook and this state of the library and the stored results."""
     digest = hashlib.sha256(path.read_bytes())
-    for file in (*sorted((ROOT / "nse_tools").rglob("*.py")), *sorted((ROOT / "docs" / "results").rglob("*.csv"))):
-        digest.update(file.read_bytes())
+    for pattern in ("nse_tools/**/*.py", "nse_tools/**/*.toml", "docs/results/**/*.csv"):
+        for file in sorted(ROOT.glob(pattern)):
+            digest.update(file.read_bytes())
     return Path(folder) / f"{path.stem}-{digest.hexdigest()[:16]}.ipynb"
 
 
