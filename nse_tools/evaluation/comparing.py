@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +21,7 @@ from nse_tools.errors import EditError, FactError, SettingError, StateError
 from nse_tools.evaluation.comparison import UNEDITED, Comparison
 from nse_tools.evaluation.comparison_store import SCORES, Cell, ComparisonFolder, check_names, plain, sketch
 from nse_tools.evaluation.forgetting import round_perplexity, round_scores
+from nse_tools.evaluation.unfinished import UnfinishedCell
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
 from nse_tools.models.executors import Executor
@@ -62,9 +64,8 @@ def compare(
     the others go on.
 
     With a ``folder``, every finished cell (one method under one seed) is written at once, and the same call made again goes
-    on where it was: finished cells are read, not made again. A cell that was killed half-way is begun anew; the target
-    values it had found are in the user's cache of values, so it takes less time than at first. More methods and seeds may
-    be asked for later.
+    on where it was: finished cells are read, not made again, and a cell that was killed half-way goes on after the last of its
+    rounds. More methods and seeds may be asked for later.
 
     Parameters
     ----------
@@ -105,7 +106,8 @@ def compare(
     executor : Executor, optional
         Where the cells are made, e.g. a cluster (:class:`nse_tools.scale.RayExecutor`), one job a cell; each seed's key
         statistics are computed there too. A cell's facts stay together: its numbers, but for the seconds, are those of a run
-        here. Every worker has a cache of values of its own, unless its folder is on a disk that all share.
+        here. Every worker has a cache of values of its own, unless its folder is on a disk that all share. A cell that is killed on a
+        worker begins anew.
 
     Returns
     -------
@@ -291,7 +293,10 @@ class _Run:
         """Make the cells one after the other."""
         for seed, method in asked:
             bar.set_description(f"{method.name}, seed {seed}")
-            yield self.cell(method, self.inputs(seed, store), bar)
+            begun = UnfinishedCell(store.unfinished(method.name, seed)) if store else None
+            yield self.cell(method, self.inputs(seed, store), bar, begun)
+            if begun:  # by now the cell is in its place
+                begun.remove()
 
     def cells_on(
         self, executor: Executor, asked: Sequence[tuple[int, Method]], store: ComparisonFolder | None, bar: tqdm
@@ -312,19 +317,22 @@ class _Run:
             shared = executor.share(({**settings, "value_cache": self.value_cache}, inputs))
             yield from ((shared, method) for _, method in own)
 
-    def cell(self, method: Method, inputs: _Inputs, bar: tqdm) -> Cell:
+    def cell(self, method: Method, inputs: _Inputs, bar: tqdm, begun: UnfinishedCell | None = None) -> Cell:
         """Run one method under one seed; the weights are put back, and that is checked."""
-        with self.model.original_weights():
-            cell = self._edit(method, inputs, bar)
+        with self.model.original_weights(), closing(begun) if begun else nullcontext():
+            cell = self._edit(method, inputs, bar, begun)
         if _state(self.model) != self.state:
+            if begun:  # whatever it kept cannot be trusted
+                begun.remove()
             raise StateError(
                 f"{method.name!r} left the model other than it was: something besides the down projections of layers {method.layers} was "
                 "changed. The other methods would not start from the same weights; load the model anew."
             )
         return cell
 
-    def _edit(self, method: Method, inputs: _Inputs, bar: tqdm) -> Cell:
-        session = EditSession(
+    def _edit(self, method: Method, inputs: _Inputs, bar: tqdm, begun: UnfinishedCell | None) -> Cell:
+        begin = begun.begin if begun else EditSession
+        session = begin(
             self.model,
             method,
             contexts=inputs.contexts,
@@ -334,27 +342,43 @@ class _Run:
             value_cache=self.value_cache,
         )
         session.memo |= self.unedited
-        plan = dict(enumerate(inputs.facts.rounds(self.rounds_of), start=1))
-        asked = {s: plan[s] for s in self._asked(0)}
-        for batch in asked.values():  # a round at a time, so that later scorings find their prompts in the same batches
-            round_scores(session, 0, batch)
-        tested, stopped = {0: self._measure(session, 0, asked)}, None
-        for number, batch in plan.items():
-            try:
-                session.edit(batch)
-            except EditError as wrong:
-                stopped = str(wrong)
-                _log.warning("%s, seed %d, could not make round %d: %s", method.name, inputs.seed, number, wrong)
-                break
-            if number in self.tested:
-                tested[number] = self._measure(session, number, {s: plan[s] for s in self._asked(number)})
-            bar.update()
-        if (made := len(session)) not in tested:  # it stopped between two tests
-            tested[made] = self._measure(session, made, {s: plan[s] for s in self._asked(made)})
+        tested, stopped = self._rounds(session, dict(enumerate(inputs.facts.rounds(self.rounds_of), start=1)), bar, begun)
         rounds = _rounds(session, {number: round_perplexity(session, number) for number in tested})
         self._remember(session)
         tables = {name: _stacked([found[name] for found in tested.values()]) for name in tested[0]}
         return Cell(plain(method.to_dict()), inputs.seed, tables.pop(SCORES), rounds, stopped, tables)
+
+    def _rounds(
+        self, session: EditSession, plan: Mapping[int, FactList], bar: tqdm, begun: UnfinishedCell | None
+    ) -> tuple[dict[int, dict[str, pd.DataFrame]], str | None]:
+        """Make the rounds that are missing; return the tables of those that are tested, and why the method stopped, if it did."""
+        asked = {s: plan[s] for s in self._asked(0)}
+        for batch in asked.values():  # a round at a time, so that later scorings find their prompts in the same batches
+            round_scores(session, 0, batch)
+        tested = begun.tested() if begun else {}
+
+        def test(number: int) -> None:
+            if number not in tested:
+                tested[number] = self._measure(session, number, {s: plan[s] for s in self._asked(number)})
+                if begun:
+                    begun.note(number, tested[number])
+
+        test(0)
+        stopped = None
+        bar.update(len(session))
+        for number in range(1, len(plan) + 1):
+            if number > len(session):
+                try:
+                    session.edit(plan[number])
+                except EditError as wrong:
+                    _log.warning("%s, seed %d, could not make round %d: %s", session.method.name, session.seed, number, wrong)
+                    test(len(session))  # also where it stopped between two tests
+                    stopped = str(wrong)
+                    break
+                bar.update()
+            if number in self.tested:
+                test(number)
+        return dict(sorted(tested.items())), stopped
 
     def _asked(self, number: int) -> list[int]:
         """Return the rounds whose facts are asked after a round; after none, all that will be asked at some time."""

@@ -22,7 +22,7 @@ from nse_tools.models.storage import digest_of_bytes, write_durably, write_folde
 
 _log = logging.getLogger(__name__)
 
-MANIFEST, ABOUT, SCORES, ROUNDS = "comparison.json", "cell.json", "scores.csv", "rounds.csv"
+MANIFEST, ABOUT, SCORES, ROUNDS = "comparison.json", "cell.json", "scores", "rounds"
 COLLECTED = ("methods", "commands")
 """Entries of the manifest to which a comparison that goes on adds its own."""
 RECORDED = (*COLLECTED, "model", "machine")
@@ -158,22 +158,15 @@ class ComparisonFolder:
         # a setting younger than the cell acted as its default
         asked = plain(method)
         younger = {name: value for name, value in _defaults().items() if name in asked}
-        if differing := _differences({**younger, **cell.method}, asked):
-            raise SettingError(
-                f"{place} was made with other settings of {method['name']!r}: {differing}. "
-                "Give the method another name, or delete that folder to have the cell made again."
-            )
+        check_settings(place, {**younger, **cell.method}, asked)
         return cell
 
     def write(self, cell: Cell) -> None:
         """Write a finished cell: into a folder beside its place, then moved there with one rename."""
         place = self._place(cell.name, cell.seed)
-        tables = [(SCORES, cell.scores), (ROUNDS, cell.rounds), *((f"{name}.csv", table) for name, table in cell.also.items())]
-        files = {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables}
-        digests = {name: digest_of_bytes(data) for name, data in files.items()}
-        about = {"method": cell.method, "seed": cell.seed, "stopped": cell.stopped, "files": digests}
+        about = {"method": cell.method, "seed": cell.seed, "stopped": cell.stopped}
         try:
-            write_folder_durably(place, {**files, ABOUT: _json(about).encode()})
+            write_tables(place, {SCORES: cell.scores, ROUNDS: cell.rounds, **cell.also}, about)
         except OSError:
             if not (place / ABOUT).exists():  # otherwise another process has finished the same cell meanwhile
                 raise
@@ -183,6 +176,10 @@ class ComparisonFolder:
         order = {name: number for number, name in enumerate(self.about()["methods"])}
         found = [_read(file.parent) for file in (self.path / "cells").glob(f"*/{ABOUT}")]
         return sorted(found, key=lambda cell: (order.get(cell.name, len(order)), cell.name, cell.seed))
+
+    def unfinished(self, name: str, seed: int) -> Path:
+        """Return where a cell is kept while it is being made."""
+        return self.path / "unfinished" / self._place(name, seed).name
 
     def _place(self, name: str, seed: int) -> Path:
         slug = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
@@ -203,7 +200,7 @@ def check_names(also: Mapping[str, Any]) -> None:
         Naming the first.
     """
     for name in also:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or f"{name}.csv" in (SCORES, ROUNDS):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in (SCORES, ROUNDS):
             raise SettingError(f"also={name!r}: expected a name of small letters, digits and _, other than 'scores' and 'rounds'.")
 
 
@@ -231,16 +228,61 @@ def _same_to_rounding(there: Mapping[str, Any], now: Mapping[str, Any], layer: s
     return old is not None and new is not None and all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(old, new, strict=True))
 
 
-def _read(place: Path) -> Cell:
+def check_settings(place: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to go on with a cell that was made, or begun, with other settings of its method.
+
+    Raises
+    ------
+    SettingError
+        It says which.
+    """
+    if differing := _differences(there, asked):
+        raise SettingError(
+            f"{place} was made with other settings of {asked['name']!r}: {differing}. "
+            "Give the method another name, or delete that folder to have the cell made again."
+        )
+
+
+def write_tables(place: Path, tables: Mapping[str, pd.DataFrame], about: Mapping[str, Any]) -> None:
+    """Write tables, and what is to be said of them, into a folder: beside its place, then moved there with one rename.
+
+    Raises
+    ------
+    OSError
+        If something is at the place already, or it cannot be written.
+    """
+    files = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
+    digests = {name: digest_of_bytes(data) for name, data in files.items()}
+    write_folder_durably(place, {**files, ABOUT: _json({**about, "files": digests}).encode()})
+
+
+def read_tables(place: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+    """Read what :func:`write_tables` wrote: what is said, and the tables.
+
+    Raises
+    ------
+    SettingError
+        If it is damaged.
+    """
     try:
-        about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+        about: dict[str, Any] = json.loads((place / ABOUT).read_text(encoding="utf-8"))
         if changed := [name for name, digest in about["files"].items() if digest_of_bytes((place / name).read_bytes()) != digest]:
             raise ValueError(f"{', '.join(changed)} changed since it was written")
-        tables = {name: _table(place / name) for name in about["files"]}
-        scores, rounds = tables.pop(SCORES), tables.pop(ROUNDS)
-        return Cell(about["method"], about["seed"], scores, rounds, about["stopped"], {Path(n).stem: t for n, t in tables.items()})
+        return about, {Path(name).stem: _table(place / name) for name in about["files"]}
     except (OSError, ValueError, KeyError, TypeError) as wrong:
-        raise SettingError(f"The cell in {place} is damaged ({wrong}). Delete that folder; a rerun makes it again.") from wrong
+        raise _damaged(place, wrong) from wrong
+
+
+def _read(place: Path) -> Cell:
+    about, tables = read_tables(place)
+    try:
+        return Cell(about["method"], about["seed"], tables.pop(SCORES), tables.pop(ROUNDS), about["stopped"], tables)
+    except KeyError as wrong:
+        raise _damaged(place, wrong) from wrong
+
+
+def _damaged(place: Path, wrong: Exception) -> SettingError:
+    return SettingError(f"The cell in {place} is damaged ({wrong}). Delete that folder; a rerun makes it again.")
 
 
 def _table(file: Path) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +205,7 @@ def test_anything_else_that_changed_in_the_model_is_an_error(tmp_path: Path) -> 
         run([NSE], model, folder=tmp_path)
     handle.remove()
     assert not list(tmp_path.rglob("cell.json"))
+    assert not list(tmp_path.rglob("session.json"))
 
 
 def test_an_edited_model_is_refused() -> None:
@@ -328,33 +329,134 @@ sys.path[:0] = sys.argv[2:]
 import torch
 torch.set_num_threads(1)
 from test_comparison import FACTS, MEMIT, NSE, build, compare
-third = MEMIT.with_(name="third", v_num_grad_steps=2000)
-compare(build("llama", "bos"), FACTS, [NSE, MEMIT, third], rounds_of=2, folder=sys.argv[1], progress=False, value_cache=False)
+third = MEMIT.with_(name="third", v_num_grad_steps=300)
+compare(build("llama", "bos"), FACTS, [NSE, third], rounds_of=1, folder=sys.argv[1], progress=False, value_cache=False)
 """
 
 
-def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, here = tmp_path / "run", Path(__file__)
+    kept = folder / "unfinished" / "third-seed0"
     killed = subprocess.Popen([sys.executable, "-c", _KILLED, str(folder), str(here.parent), str(here.parents[1])], env={**os.environ})
     try:
         deadline = time.monotonic() + 300
-        while len(list((folder / "cells").glob("*/cell.json")) if folder.exists() else []) < 2 and killed.poll() is None:
+        while not (kept / "tested" / "0002").exists() and killed.poll() is None:
             assert time.monotonic() < deadline
-            time.sleep(0.05)
+            time.sleep(0.02)
     finally:
         killed.send_signal(signal.SIGKILL)
         killed.wait()
+    assert killed.returncode == -signal.SIGKILL
     before = contents(folder / "cells")
-    assert {name.split("/")[0] for name in before} == {"nse-seed0", "memit-seed0"}
-    assert load_comparison(folder).rounds.method.unique().tolist() == ["nse", "memit"]
-    third = MEMIT.with_(name="third", passes=2)
-    resumed = run([NSE, MEMIT, third], folder=folder)
+    assert {name.split("/")[0] for name in before} == {"nse-seed0"}
+    assert load_comparison(folder).rounds.method.unique().tolist() == ["nse"]
+    there = len(list((kept / "session" / "rounds").iterdir()))
+    third = MEMIT.with_(name="third", v_num_grad_steps=300)
+    with caplog.at_level("INFO", "nse_tools"):
+        resumed = run([NSE, third], rounds_of=1, folder=folder)
+    assert f"third-seed0 goes on after round {there}" in caplog.text
     after = contents(folder / "cells")
     assert {name: after[name] for name in before} == before
-    assert len(after) == 9
-    whole = run([NSE, MEMIT, third])
+    assert not kept.exists()
+    whole = run([NSE, third], rounds_of=1)
     columns = resumed.measures
     assert resumed.scores[columns].to_numpy() == pytest.approx(whole.scores[columns].to_numpy(), abs=2e-4, nan_ok=True)
+
+
+@pytest.fixture
+def broken_off(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run a comparison that is interrupted in some round of its only cell, before the edit or after it."""
+
+    def interrupted(in_round: int, folder: Path, chosen: Method = NSE, before: bool = True, **options: object) -> None:
+        edit = EditSession.edit
+
+        def stop(session: EditSession, *args: object, **more: object) -> object:
+            if len(session) + 1 == in_round and before:
+                raise KeyboardInterrupt
+            edit(session, *args, **more)
+            if len(session) == in_round:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(EditSession, "edit", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run([chosen], folder=folder, rounds_of=1, **options)
+        assert not (folder / "cells").exists()
+
+    return interrupted
+
+
+def same_but_for_seconds(one: Comparison, other: Comparison) -> None:
+    rounds = (comparison.rounds.drop(columns="seconds") for comparison in (one, other))
+    pairs = [(one.scores, other.scores), tuple(rounds)]
+    assert one.also.keys() == other.also.keys()
+    for first, second in [*pairs, *((one.also[name], other.also[name]) for name in one.also)]:
+        pd.testing.assert_frame_equal(first, second, check_dtype=False, check_exact=True)
+
+
+ONE_LAYER = {**SETTINGS, "layers": (1,)}
+OTHERS = [
+    methods.alphaedit(**SETTINGS, nullspace_threshold=1, nullspace_unit="relative"),
+    methods.rome(**ONE_LAYER),
+    methods.ft(**ONE_LAYER),
+]
+BROKEN_OFF = [(NSE, 1, True), (NSE, 1, False), (NSE, 3, True), (NSE, 4, False), *((method, 3, True) for method in OTHERS)]
+
+
+@pytest.mark.parametrize(("method", "in_round", "before"), BROKEN_OFF, ids=lambda value: getattr(value, "name", str(value)))
+def test_an_interrupted_cell_goes_on_to_the_same_bits(
+    tmp_path: Path, broken_off: Callable[..., None], method: Method, in_round: int, before: bool
+) -> None:
+    options = {"test_at": [2, 3, 4], "also": {"drift": lambda session, t: session.drift(round=t).to_frame()}}
+    broken_off(in_round, tmp_path / "broken off", method, before, **options)
+    made = len(list((tmp_path / "broken off").glob("unfinished/*/session/rounds/*")))
+    assert made == in_round - before
+    whole = run([method], folder=tmp_path / "whole", rounds_of=1, **options)
+    model, edits = build("llama", "bos"), []
+    with pytest.MonkeyPatch.context() as patch:
+        edit = EditSession.edit
+        patch.setattr(EditSession, "edit", lambda session, facts: (edits.append(facts.ids), edit(session, facts))[1])
+        resumed = run([method], model, folder=tmp_path / "broken off", rounds_of=1, **options)
+    assert edits == [[fact] for fact in FACTS.ids[made:]]  # the others were not made again
+    same_but_for_seconds(resumed, whole)
+    same_but_for_seconds(load_comparison(tmp_path / "broken off"), load_comparison(tmp_path / "whole"))
+    assert not [file for file in (tmp_path / "broken off" / "unfinished").rglob("*") if file.is_file()]
+    run([method], model, folder=tmp_path / "elsewhere")  # the model was left unedited
+
+
+def test_tests_that_were_made_are_not_made_again_and_damaged_ones_are(
+    tmp_path: Path, broken_off: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def measure(session: EditSession, round: int) -> pd.DataFrame:
+        asked.append(round)
+        return pd.DataFrame({"twice": [2 * round]})
+
+    broken_off(4, tmp_path, also={"own": measure})
+    assert asked == [0, 1, 2, 3]
+    (tmp_path / "unfinished" / "nse-seed0" / "tested" / "0002" / "own.csv").write_text("twice,round\n5,2\n")
+    resumed = run([NSE], folder=tmp_path, rounds_of=1, also={"own": measure})
+    assert asked[4:] == [2, 4]
+    assert "round 2 is tested again" in caplog.text
+    assert resumed.also["own"][["round", "twice"]].to_numpy().tolist() == [[t, 2 * t] for t in range(5)]
+
+
+def test_a_cell_that_cannot_be_gone_on_with_is_made_from_its_start(
+    tmp_path: Path, broken_off: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken_off(3, tmp_path)
+    kept = tmp_path / "unfinished" / "nse-seed0"
+    with pytest.raises(SettingError, match="nse-seed0 was made with other settings of 'nse': passes is 2 there, 1 was asked for"):
+        run([NSE.with_(passes=1)], folder=tmp_path, rounds_of=1)
+    whole = run([NSE], rounds_of=1)
+    held = EditSession.load(kept / "session", build("llama", "bos"), autosave=True, progress=False)  # as another process would
+    same_but_for_seconds(run([NSE], folder=tmp_path, rounds_of=1), whole)
+    assert "nse-seed0 is made from its start, and not kept on the way" in caplog.text
+    assert "is in use" in caplog.text
+    assert len(held) == 2
+    held.autosave.close()
+    assert kept.exists()  # it is the other's
 
 
 def test_other_facts_settings_or_model_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
