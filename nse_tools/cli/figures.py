@@ -49,6 +49,7 @@ def run(
     ] = None,
     as_in_paper: Annotated[bool, typer.Option(help="The paper's sizes instead of those for the embedded model.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only this of its methods (may be repeated); others can follow later.")] = None,
+    texts: Annotated[bool, typer.Option(help="Keep tables that quote facts; without, facts are named by their ids only.")] = True,
     preset: Preset = "smollm2-135m",
     change: Settings = None,
 ) -> None:
@@ -76,6 +77,7 @@ def run(
             preset=None if preset == "none" else preset,
             settings=settings_of(change or []),
             only=only,
+            texts=texts,
         )
     for part, result in made.items():
         console.print(f"[bold]{escape(part)}[/bold]: {escape(repr(result))}")

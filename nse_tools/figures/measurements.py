@@ -18,6 +18,8 @@ from nse_tools.evaluation.scores import NEIGHBORHOOD, REWRITE
 from nse_tools.facts import Fact, FactList
 from nse_tools.models import EditableModel
 
+WITH_TEXTS = ("answers", "shift")
+"""The tables that quote facts: prompts, targets."""
 _EARLY = 20
 """Facts of the first round that are asked again and again."""
 _NEW_TOKENS = 6

@@ -105,19 +105,33 @@ def edits_of(comparison: Comparison) -> dict[int, int]:
     return {int(t): int(n) for t, n in zip(made["round"], made.edits, strict=True)}
 
 
+def _quoting(parts: Parts, table: str) -> pd.DataFrame:
+    """Return a table of the sequence that quotes facts.
+
+    Raises
+    ------
+    SettingError
+        If the run was told to keep no such tables.
+    """
+    found = parts["sequence"].also.get(table)
+    if found is None:
+        raise SettingError(f"This run keeps no table {table!r}, which quotes facts: it was made with texts=False (--no-texts).")
+    return found
+
+
 def _first_seed(table: pd.DataFrame) -> pd.DataFrame:
     return table[table.seed == table.seed.min()]
 
 
 def told_table(parts: Parts) -> pd.DataFrame:
     """Return what :data:`TOLD` answered to the first facts, first seed."""
-    table = _first_seed(parts["sequence"].also["answers"])
+    table = _first_seed(_quoting(parts, "answers"))
     return table[table.method.isin(TOLD)]
 
 
 def moved_table(parts: Parts) -> pd.DataFrame:
     """Return where unrelated prompts stood before and after all edits, first seed."""
-    table = _first_seed(parts["sequence"].also["shift"])
+    table = _first_seed(_quoting(parts, "shift"))
     last = table["round"] == table.groupby("method")["round"].transform("max")
     return table[last & table.method.isin(_MOVED)].reset_index(drop=True)
 

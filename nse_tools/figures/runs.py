@@ -284,6 +284,7 @@ def make_run(
     preset: str | None = methods.DEFAULT_PRESET,
     settings: Mapping[str, Any] | None = None,
     only: Iterable[str] | None = None,
+    texts: bool = True,
     progress: bool = True,
 ) -> dict[str, Comparison]:
     """Run what a figure needs, or go on with it; every finished cell (a method under a seed) is in the folder at once.
@@ -306,6 +307,9 @@ def make_run(
         Settings of all methods to change.
     only : iterable of str, optional
         Only methods of these names; the others can be added later.
+    texts : bool
+        Keep the tables that quote facts (:data:`nse_tools.figures.measurements.WITH_TEXTS`). Without them the results name facts by
+        their ids only, so that they can be passed on where the facts cannot.
     progress : bool
         Show progress bars.
 
@@ -347,7 +351,7 @@ def make_run(
             shuffle=own.order == "shuffled",
             corpus=_text(model, own, size.seeds[0], progress),
             starters=STARTERS[: size.contexts] if own.starters is None else own.starters,
-            also=own.also,
+            also={name: table for name, table in own.also.items() if texts or name not in measurements.WITH_TEXTS},
             progress=progress,
         )
     return made

@@ -273,6 +273,26 @@ def test_questions_as_zsre_has_them_are_drawn_by_their_own_measures(small: Edita
         draw_figure("neighbors", tmp_path)
 
 
+def test_without_texts_the_results_quote_no_fact(small: EditableModel, stored: Path, tmp_path: Path) -> None:
+    def quotes(folder: Path) -> set[str]:
+        written = " ".join(file.read_text(encoding="utf-8") for file in folder.rglob("*") if file.is_file())
+        texts = {text for fact in FACTS for text in (fact.text, *fact.paraphrases, *fact.neighborhood)}
+        return {text for text in texts if text in written}
+
+    options = {"size": SIZES["sequence"], "preset": None, "settings": SETTINGS, "progress": False, "only": ["memit"]}
+    made = make_run("sequence", small, FACTS, tmp_path, texts=False, **options)["sequence"]
+    assert quotes(stored / "sequence")
+    assert not quotes(tmp_path)
+    with_texts = load_run("sequence", stored)["sequence"]
+    assert with_texts.also.keys() - made.also.keys() == {"answers", "shift"}
+    own = with_texts.scores[with_texts.scores.method == "memit"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(own, made.scores, check_exact=False, rtol=0, atol=2e-4)
+    for name in ("told", "shift"):
+        with pytest.raises(SettingError, match="which quotes facts: it was made with texts=False"):
+            draw_figure(name, tmp_path)
+    draw_figure("sequence_score", tmp_path)
+
+
 def test_reported_scores_are_those_of_the_paper() -> None:
     scores = reported().set_index("method").score
     assert scores[["nse", "memit", "alphaedit"]].round(1).tolist() == [86.8, 59.9, 84.6]
