@@ -90,12 +90,10 @@ def _taken(parts: Parts, measure: str) -> str:
 
 
 # ---- one run's comparison --------------------------------------------------------------------------------------------
-def _curve(
-    measure: str, facts_of: int | None = None, part: str = "sequence"
-) -> tuple[Callable[[Parts], pd.DataFrame], Callable[[Parts], go.Figure]]:
+def _curve(measure: str, facts_of: int | None = None) -> tuple[Callable[[Parts], pd.DataFrame], Callable[[Parts], go.Figure]]:
     return (
-        lambda parts: parts[part].curve(_taken(parts, measure), facts_of),
-        lambda parts: plots.comparison_curve(parts[part], _taken(parts, measure), facts_of),
+        lambda parts: parts["sequence"].curve(_taken(parts, measure), facts_of),
+        lambda parts: plots.comparison_curve(parts["sequence"], _taken(parts, measure), facts_of),
     )
 
 
@@ -221,6 +219,18 @@ def size_table(parts: Parts) -> pd.DataFrame:
     return sized.sort_values("rounds_of", kind="stable", ignore_index=True)
 
 
+def long_table(parts: Parts) -> pd.DataFrame:
+    """Return what is left along the stream: accuracy on rewrites of the facts ``asked``, and perplexity, after each tested round."""
+    made = parts["long"]
+    scores = made.scores[made.scores["round"] > 0]
+    newest, first = scores.edited_in_round == scores["round"], scores.edited_in_round == 1
+    kinds = {"first round's facts": first, "some rounds' facts between": ~(newest | first), "newest round's facts": newest}
+    key = ["method", "seed", "round"]
+    accuracy = [scores[own].groupby(key, sort=False).efficacy_accuracy.mean().rename("value").reset_index() for own in kinds.values()]
+    tables = [own.assign(asked=name).merge(made.rounds[[*key, "edits"]], on=key) for name, own in zip(kinds, accuracy, strict=True)]
+    return pd.concat([*tables, made.curve("perplexity").assign(asked="perplexity")], ignore_index=True)
+
+
 def sensitivity_tables(parts: Parts) -> dict[str, pd.DataFrame]:
     """Return the measures at the end, mean over seeds, by setting, with the setting's ``value``."""
     found = {}
@@ -311,8 +321,9 @@ FIGURES: dict[str, PaperFigure] = {
         PaperFigure(
             "long",
             "long",
-            "thousands of edits: accuracy on the newest and some earlier rounds' facts",
-            *_curve("efficacy_accuracy", part="long"),
+            "thousands of edits: accuracy on the first, the newest and some rounds' facts between, and perplexity",
+            long_table,
+            lambda parts: plots.long_stream(long_table(parts)),
         ),
         PaperFigure(
             "recipes",

@@ -109,6 +109,30 @@ def sensitivity(
     return fig.update_layout(legend=UNDER)
 
 
+def long_stream(table: pd.DataFrame, title: str | None = None) -> go.Figure:
+    """Draw what is asked along a long stream, a panel each, against the number of edits: a line a method, mean over seeds.
+
+    Parameters
+    ----------
+    table : DataFrame
+        ``method``, ``seed``, ``edits``, ``asked`` (what the panel shows) and ``value``: percent, or perplexity.
+    title : str, optional
+        Instead of the finding: what is left of the first facts that are asked.
+    """
+    names = list(dict.fromkeys(table.asked))
+    ends = table[(table.asked == names[0]) & (table.edits == table.edits.max())].groupby("method", sort=False).value.mean()
+    found = f"{names[0]} after {table.edits.max()} edits: " + ", ".join(f"{method} {value:.1f}" for method, value in ends.items())
+    fig = panels(title or found, names, width=240 * len(names) + 120, height=420, gap=0.05)
+    for col, name in enumerate(names, start=1):
+        for number, (method, own) in enumerate(table[table.asked == name].groupby("method", sort=False)):
+            mean = own.groupby("edits").value.mean()
+            add_line(fig, mean.index, mean, str(method), number, col=col, hover="%{x} edits: %{y:.1f}")
+        if name != "perplexity":
+            fig.update_yaxes(range=[0, 103], title_text="percent" if col == 1 else "", row=1, col=col)
+        fig.update_xaxes(rangemode="tozero", title_text="edits", row=1, col=col)
+    return fig.update_layout(legend=UNDER)
+
+
 def step_times(table: pd.DataFrame, title: str | None = None) -> go.Figure:
     """Draw the seconds that an edit takes, a bar a method, divided into the steps of a round.
 

@@ -15,13 +15,15 @@ import torch
 from typer.testing import CliRunner
 
 from models_small import build
+from nse_tools import plots
 from nse_tools.cli import app
 from nse_tools.editing import EditSession, methods
 from nse_tools.errors import SettingError
-from nse_tools.evaluation import passages, score_facts
+from nse_tools.evaluation import Comparison, passages, score_facts
+from nse_tools.evaluation.comparison_store import Cell
 from nse_tools.facts import Fact, FactList, Question
 from nse_tools.figures import measurements
-from nse_tools.figures.paper import FIGURES, disturbed_table, draw_figure, reported, times_table
+from nse_tools.figures.paper import FIGURES, disturbed_table, draw_figure, long_table, reported, times_table
 from nse_tools.figures.runs import RUNS, Maker, RunSize, load_run, make_run, variant_name
 from nse_tools.models import EditableModel
 from nse_tools.tracing import sample_contexts
@@ -139,6 +141,34 @@ def test_a_value_search_is_shared_out_to_the_facts_that_it_was_done_for() -> Non
     )
     found = times_table({"sequence": SimpleNamespace(also={"times": times})})
     assert found.to_numpy().tolist() == [["nse", "values", 3.6], ["nse", "keys", 2.0]]
+
+
+def test_what_is_left_of_a_long_stream_by_hand() -> None:
+    asked = {1: (1,), 3: (1, 2, 3), 4: (1, 2, 4)}  # of some rounds the facts are asked again, of the others once
+    kept = {
+        (1, 1): (100, 100),
+        (3, 1): (100, 0),
+        (3, 2): (100, 100),
+        (3, 3): (0, 100),
+        (4, 1): (0, 0),
+        (4, 2): (0, 100),
+        (4, 4): (100, 100),
+    }
+    rows = [(t, s, f"{s}{i}", 0.0 + kept[t, s][i]) for t, rounds in asked.items() for s in rounds for i in range(2)]
+    scores = pd.DataFrame(rows, columns=["round", "edited_in_round", "fact", "efficacy_accuracy"])
+    rounds = pd.DataFrame({"round": range(5), "edits": range(0, 10, 2), "perplexity": [10.0, 11.0, np.nan, 12.0, 13.0]})
+    parts = {"long": Comparison.of([Cell({"name": "nse"}, 0, scores, rounds)], {"methods": ["nse"]})}
+    table = long_table(parts)
+    found = {name: own.set_index("edits").value.to_dict() for name, own in table.groupby("asked", sort=False)}
+    assert found == {
+        "first round's facts": {2: 100, 6: 50, 8: 0},
+        "some rounds' facts between": {6: 100, 8: 50},
+        "newest round's facts": {2: 100, 6: 50, 8: 100},
+        "perplexity": {0: 10, 2: 11, 6: 12, 8: 13},
+    }
+    figure = plots.long_stream(table)
+    assert figure.layout.title.text == "first round's facts after 8 edits: nse 0.0"
+    assert [list(trace.y) for trace in figure.data] == [[100, 50, 0], [100, 50], [100, 50, 100], [10, 11, 12, 13]]
 
 
 def test_the_ablation_has_every_combination_once() -> None:
