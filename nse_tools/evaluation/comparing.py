@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +33,8 @@ from nse_tools.tracing.moments import SecondMoments, second_moments
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
+_PAUSE = 1.0
+"""Seconds between two looks at cells that other processes are making."""
 
 Measurement = Callable[[EditSession, int], pd.DataFrame]
 """Takes a session and a number of rounds; returns a tidy table of the model as it was after those."""
@@ -65,7 +67,8 @@ def compare(
 
     With a ``folder``, every finished cell (one method under one seed) is written at once, and the same call made again goes
     on where it was: finished cells are read, not made again, and a cell that was killed half-way goes on after the last of its
-    rounds. More methods and seeds may be asked for later.
+    rounds. Several processes that make the same call share its cells out; if one of them dies, another goes on with its cell. More
+    methods and seeds may be asked for later.
 
     Parameters
     ----------
@@ -148,8 +151,6 @@ def compare(
         _log.info("%d of %d cells are in %s already", len(cells), len(cells) + len(missing), folder)
     with tqdm(total=len(missing) * len(stream.rounds(rounds_of)), desc="compare", unit="round", disable=not progress) as bar:
         for cell in run.cells_here(missing, store, bar) if executor is None else run.cells_on(executor, missing, store, bar):
-            if store:
-                store.write(cell)
             cells[cell.seed, cell.name] = cell
     return Comparison.of([cells[s, m.name] for m in chosen for s in seeds], about)
 
@@ -290,13 +291,35 @@ class _Run:
         }
 
     def cells_here(self, asked: Sequence[tuple[int, Method]], store: ComparisonFolder | None, bar: tqdm) -> Iterator[Cell]:
-        """Make the cells one after the other."""
-        for seed, method in asked:
+        """Make the cells one after the other; those that other processes are at come last, and are read once they are finished."""
+        queue, passed_over = deque(asked), 0
+        while queue:
+            seed, method = queue.popleft()
             bar.set_description(f"{method.name}, seed {seed}")
-            begun = UnfinishedCell(store.unfinished(method.name, seed)) if store else None
-            yield self.cell(method, self.inputs(seed, store), bar, begun)
-            if begun:  # by now the cell is in its place
-                begun.remove()
+            if cell := self._made_or_found(seed, method, store, bar):
+                passed_over = 0
+                yield cell
+                continue
+            queue.append((seed, method))
+            passed_over += 1
+            if passed_over >= len(queue):
+                bar.set_description(f"waiting for other processes: {len(queue)} cells")
+                time.sleep(_PAUSE)
+
+    def _made_or_found(self, seed: int, method: Method, store: ComparisonFolder | None, bar: tqdm) -> Cell | None:
+        """Make a cell, or read it if another process has finished it by now; None while another is at it."""
+        if store is None:
+            return self.cell(method, self.inputs(seed, store), bar)
+        with UnfinishedCell(store.unfinished(method.name, seed)) as begun:
+            if not begun.held:
+                return None
+            if cell := store.find(method.to_dict(), seed):
+                bar.update(len(self.facts.rounds(self.rounds_of)))
+            else:
+                cell = self.cell(method, self.inputs(seed, store), bar, begun)
+                store.write(cell)
+            begun.remove()
+            return cell
 
     def cells_on(
         self, executor: Executor, asked: Sequence[tuple[int, Method]], store: ComparisonFolder | None, bar: tqdm
@@ -305,6 +328,8 @@ class _Run:
         tasks = self._tasks(executor, asked, store)
         for cell in executor.map(self.model, _cell_job, tasks, label="compare", total=len(asked), writes=self.layers):
             bar.update(len(self.facts.rounds(self.rounds_of)))
+            if store:
+                store.write(cell)
             yield cell
 
     def _tasks(
@@ -319,7 +344,7 @@ class _Run:
 
     def cell(self, method: Method, inputs: _Inputs, bar: tqdm, begun: UnfinishedCell | None = None) -> Cell:
         """Run one method under one seed; the weights are put back, and that is checked."""
-        with self.model.original_weights(), closing(begun) if begun else nullcontext():
+        with self.model.original_weights():
             cell = self._edit(method, inputs, bar, begun)
         if _state(self.model) != self.state:
             if begun:  # whatever it kept cannot be trusted

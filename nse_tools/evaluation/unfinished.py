@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from nse_tools import _late
 from nse_tools.editing import EditSession, Method
 from nse_tools.errors import SettingError, StorageError
 from nse_tools.evaluation.comparison_store import check_settings, plain, read_tables, write_tables
 from nse_tools.models import EditableModel
-from nse_tools.models.storage import remove_folder
+from nse_tools.models.storage import make_folder, remove_folder
 
 _log = logging.getLogger(__name__)
 _SESSION, _TESTED = "session", "tested"
@@ -23,8 +25,7 @@ _SESSION, _TESTED = "session", "tested"
 class UnfinishedCell:
     """The folder of a cell that is being made: its session, and a folder of tables for each tested round.
 
-    Held by one process at a time, from :meth:`begin` to :meth:`close`. Where it cannot be (another process is at the same cell, the
-    disk is full, what is there is damaged) a warning says why, and the cell is made without being kept on the way.
+    ``with UnfinishedCell(path) as begun`` holds it if no other process does (``begun.held``), until the end of the block or of the process.
 
     Parameters
     ----------
@@ -34,10 +35,29 @@ class UnfinishedCell:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=0, fallback_to_soft=False)
         self._session: EditSession | None = None
+
+    def __enter__(self) -> Self:
+        make_folder(self.path.parent)
+        with suppress(Timeout):
+            self._lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_session()
+        self._lock.release()
+
+    @property
+    def held(self) -> bool:
+        """Whether the cell is this process's to make."""
+        return self._lock.is_locked
 
     def begin(self, model: EditableModel, method: Method, **options: Any) -> EditSession:
         """Return the session that was begun here, or a new one; every round it makes is kept.
+
+        Where that cannot be (the disk is full, what is there is damaged) a warning says why, and the cell is made from its start without
+        being kept on the way.
 
         Parameters
         ----------
@@ -83,16 +103,17 @@ class UnfinishedCell:
         except OSError as wrong:
             _log.warning("%s: the test of round %d is not kept on the way: %s", self.path.name, number, wrong)
 
-    def close(self) -> None:
-        """Let the folder go; it stays, for the next time."""
+    def remove(self) -> None:
+        """Delete what was kept: the cell is finished, or cannot be trusted."""
+        if self._session is not None:
+            self._close_session()
+            remove_folder(self.path)
+        with suppress(OSError):  # Windows does not delete a file that is open
+            Path(self._lock.lock_file).unlink()
+
+    def _close_session(self) -> None:
         if self._session is not None:
             self._session.autosave.close()
-
-    def remove(self) -> None:
-        """Delete the folder, if it was this one's: the cell is finished."""
-        if self._session is not None:
-            self.close()
-            remove_folder(self.path)
 
     def _place(self, number: int) -> Path:
         return self.path / _TESTED / f"{number:04d}"

@@ -323,42 +323,81 @@ def test_a_finished_comparison_is_read_not_made_again(tmp_path: Path) -> None:
     assert set(loaded.scores.fact) == {"007", "NA", "c", "d"}
 
 
-_KILLED = """
-import sys
+_AS_A_PROCESS = """
+import os, sys
 sys.path[:0] = sys.argv[2:]
 import torch
 torch.set_num_threads(1)
-from test_comparison import FACTS, MEMIT, NSE, build, compare
-third = MEMIT.with_(name="third", v_num_grad_steps=300)
-compare(build("llama", "bos"), FACTS, [NSE, third], rounds_of=1, folder=sys.argv[1], progress=False, value_cache=False)
+from test_comparison import FACTS, SLOW, SLOW_TOO, build, compare, who
+options = {"progress": False, "value_cache": False, "also": {"who": who}}
+compare(build("llama", "bos"), FACTS, [SLOW, SLOW_TOO], rounds_of=1, folder=sys.argv[1], **options)
 """
+SLOW, SLOW_TOO = (MEMIT.with_(name=name, v_num_grad_steps=150) for name in ("slow", "slow too"))
 
 
-def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder, here = tmp_path / "run", Path(__file__)
-    kept = folder / "unfinished" / "third-seed0"
-    killed = subprocess.Popen([sys.executable, "-c", _KILLED, str(folder), str(here.parent), str(here.parents[1])], env={**os.environ})
-    try:
-        deadline = time.monotonic() + 300
-        while not (kept / "tested" / "0002").exists() and killed.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-    assert killed.returncode == -signal.SIGKILL
+def who(session: EditSession, round: int) -> pd.DataFrame:
+    return pd.DataFrame({"process": [os.getpid()]})
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen]]:
+    """Start processes that make one comparison in one folder; none outlives the test."""
+    here, started = Path(__file__), []
+
+    def start() -> subprocess.Popen:
+        words = [sys.executable, "-c", _AS_A_PROCESS, str(tmp_path / "run"), str(here.parent), str(here.parents[1])]
+        started.append(subprocess.Popen(words, env={**os.environ}))
+        return started[-1]
+
+    yield start
+    for child in started:
+        child.kill()
+        child.wait()
+
+
+def wait_for(found: Callable[[], bool], *alive: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not found():
+        assert time.monotonic() < deadline
+        assert [child.poll() for child in alive] == [None] * len(alive)
+        time.sleep(0.02)
+
+
+def test_processes_share_out_the_cells_and_one_goes_on_for_another_that_dies(
+    tmp_path: Path, process: Callable[[], subprocess.Popen]
+) -> None:
+    folder = tmp_path / "run"
+    tested = folder / "unfinished" / "slow-seed0" / "tested"
+    first = process()
+    wait_for(lambda: (tested / "0000").exists(), first)
+    second = process()
+    wait_for(lambda: (tested / "0002").exists() and len(list((folder / "unfinished").glob("*/session"))) == 2, first, second)
+    first.send_signal(signal.SIGKILL)
+    assert second.wait(300) == 0
+    whole = run([SLOW, SLOW_TOO], rounds_of=1, also={"who": who})
+    found = load_comparison(folder)
+    made_by = found.also["who"].pivot_table(index="method", columns="round", values="process")
+    assert set(made_by.loc["slow too"]) == {second.pid}
+    assert made_by.loc["slow", [0, 1, 2]].tolist() == [first.pid] * 3
+    assert made_by.loc["slow", 4] == second.pid
+    columns = found.measures
+    assert found.scores[columns].to_numpy() == pytest.approx(whole.scores[columns].to_numpy(), abs=2e-4, nan_ok=True)
+    assert not [file for file in (folder / "unfinished").rglob("*") if file.is_file()]
+
+
+def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path, process: Callable[[], subprocess.Popen]) -> None:
+    folder = tmp_path / "run"
+    killed = process()
+    wait_for(lambda: len(list((folder / "unfinished").glob("slow_too*/tested/0001"))) == 1, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
     before = contents(folder / "cells")
-    assert {name.split("/")[0] for name in before} == {"nse-seed0"}
-    assert load_comparison(folder).rounds.method.unique().tolist() == ["nse"]
-    there = len(list((kept / "session" / "rounds").iterdir()))
-    third = MEMIT.with_(name="third", v_num_grad_steps=300)
-    with caplog.at_level("INFO", "nse_tools"):
-        resumed = run([NSE, third], rounds_of=1, folder=folder)
-    assert f"third-seed0 goes on after round {there}" in caplog.text
+    assert {name.split("/")[0] for name in before} == {"slow-seed0"}
+    assert load_comparison(folder).rounds.method.unique().tolist() == ["slow"]
+    resumed = run([SLOW, SLOW_TOO], rounds_of=1, folder=folder, also={"who": who})
     after = contents(folder / "cells")
     assert {name: after[name] for name in before} == before
-    assert not kept.exists()
-    whole = run([NSE, third], rounds_of=1)
+    whole = run([SLOW, SLOW_TOO], rounds_of=1)
     columns = resumed.measures
     assert resumed.scores[columns].to_numpy() == pytest.approx(whole.scores[columns].to_numpy(), abs=2e-4, nan_ok=True)
 
