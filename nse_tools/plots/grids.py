@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -70,17 +71,22 @@ def against_size(table: pd.DataFrame, measure: str = "score", title: str | None 
     title : str, optional
         Instead of the finding.
     """
-    name = label(measure)
-    fig = figure(
-        title or f"{name} after the same edits in rounds of {table.rounds_of.min()} to {table.rounds_of.max()}", "facts in a round", name
-    )
-    for number, (method, own) in enumerate(table.groupby("method", sort=False)):
-        mean = own.groupby("rounds_of")[measure].mean()
-        add_line(fig, mean.index, mean, str(method), number, hover="rounds of %{x}: %{y:.1f}")
-    ticks = sorted(table.rounds_of.unique().tolist())
-    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[str(t) for t in ticks])
-    fig.update_yaxes(range=[0, 103])
+    name, means = label(measure), table.pivot_table(index="rounds_of", columns="method", values=measure, sort=False).sort_index()
+    spans = means.max() - means.min()
+    found = f"{name} after the same edits in rounds of {means.index.min()} to {means.index.max()}: changes most with {spans.idxmax()}"
+    fig = figure(title or f"{found}, by {spans.max():.1f} points", "facts in a round", f"{name} (percent)", width=860)
+    for number, (method, mean) in enumerate(means.items()):
+        add_line(fig, mean.dropna().index, mean.dropna(), str(method), number, hover="rounds of %{x}: %{y:.1f}")
+    fig.update_xaxes(type="log", tickvals=means.index.tolist(), ticktext=[str(t) for t in means.index])
+    fig.update_yaxes(range=_around(means.to_numpy()))
     return fig.update_layout(legend=UNDER)
+
+
+def _around(values: np.ndarray, least: float = 20) -> list[float]:
+    """Return a range of percent around values, of at least some points, so that small differences neither vanish nor look large."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    more = max(least - (high - low), 4) / 2
+    return [max(low - more, 0), min(high + more, 103)]
 
 
 def sensitivity(
