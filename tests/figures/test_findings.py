@@ -32,6 +32,13 @@ def test_the_page_shows_what_the_test_has() -> None:
     assert table_behind(ROOT / "docs" / "findings.md", "docs/results/paper/sequence") == rows_of(test, ("seeds", *COLUMNS))
 
 
+def test_readme_shows_some_of_its_methods() -> None:
+    test = load_run("sequence", ROOT / "docs/results/paper")["sequence"]
+    shown = {"unedited", "recipe", "nse", "memit_seq", "alphaedit", "memit"}
+    columns = [name for name in COLUMNS if name != "first_round_accuracy"]
+    assert table_behind(ROOT / "README.md", "docs/results/paper/sequence") == [row for row in rows_of(test, columns) if row[0] in shown]
+
+
 def test_the_page_shows_how_many_facts_are_lost_by_the_length_of_their_target(smollm: EditableModel) -> None:
     test = load_run("sequence", ROOT / "docs/results/paper")["sequence"]
     targets = {fact.id: smollm.tokenizer(f" {fact.target_new}", add_special_tokens=False).input_ids for fact in load_facts("world-test")}

@@ -1,4 +1,4 @@
-"""README's table of the stored comparison is that of the stored comparison."""
+"""The page's table of the stored comparison is that of the stored comparison."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def test_it_names_the_commands_settings_and_versions(comparison: Comparison) -> 
     assert all(method["v_stop_at_argmax"] == 3 for method in comparison.methods.values())
 
 
-def test_readme_shows_its_table(comparison: Comparison) -> None:
-    rows = table_behind(ROOT / "README.md", "docs/results/comparison")
+def test_the_page_shows_its_table(comparison: Comparison) -> None:
+    rows = table_behind(ROOT / "docs" / "comparing.md", "docs/results/comparison")
     assert [[row[0].removesuffix(" model"), *row[1:]] for row in rows] == rows_of(comparison, COLUMNS)
