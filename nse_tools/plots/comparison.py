@@ -37,11 +37,8 @@ def comparison_curve(
     curve = comparison if isinstance(comparison, pd.DataFrame) else comparison.curve(measure, facts_of)
     table = over_seeds(curve, with_unedited=measure == "perplexity")
     name, of = _NAMES.get(measure, measure.replace("_", " ")), "" if facts_of is None else f", facts of round {facts_of}"
-    ends = table.groupby("method", sort=False).tail(1)
-    found = ", ".join(f"{method} {value:.1f}" for method, value in zip(ends.method, ends["mean"], strict=True))
     unit = "" if measure == "perplexity" else " (percent)"
-    long = len(ends) > 5  # then the finding would be a list of numbers
-    fig = figure(title or (f"{name}{of}" if long else f"{name}{of} at the end: {found}"), "facts edited so far", f"{name}{of}{unit}")
+    fig = figure(title or f"{name}{of} at the end: {_found(table)}", "facts edited so far", f"{name}{of}{unit}")
     for number, (method, line) in enumerate(table.groupby("method", sort=False)):
         _add_line(fig, str(method), line, number)
     if measure == "perplexity":
@@ -51,6 +48,15 @@ def comparison_curve(
     fig.update_xaxes(rangemode="tozero")
     fig.update_layout(legend={"x": 1.02, "y": 1, "xanchor": "left"}, width=860)
     return fig
+
+
+def _found(table: pd.DataFrame) -> str:
+    """Say where the methods end: each of a few, the lowest and the highest of many."""
+    ends = table.groupby("method", sort=False)["mean"].last()
+    if len(ends) > 5:
+        ends = ends.sort_values()
+        return f"{ends.iloc[0]:.1f} ({ends.index[0]}) to {ends.iloc[-1]:.1f} ({ends.index[-1]})"
+    return ", ".join(f"{method} {value:.1f}" for method, value in ends.items())
 
 
 def over_seeds(curve: pd.DataFrame, with_unedited: bool = False) -> pd.DataFrame:

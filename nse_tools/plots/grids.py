@@ -103,7 +103,8 @@ def sensitivity(
     title : str, optional
         Instead of the finding: which setting the first measure depends on most.
     """
-    spans = {name: own[measures[0]].max() - own[measures[0]].min() for name, own in tables.items()}
+    varied = {name: own for name, own in tables.items() if len(own) > 1} or tables
+    spans = {name: own[measures[0]].max() - own[measures[0]].min() for name, own in varied.items()}
     widest = max(spans, key=lambda name: spans[name])
     found = f"{label(measures[0])} varies most with {widest} ({spans[widest]:.1f} points), least with {min(spans, key=lambda n: spans[n])}"
     fig = panels(title or found, list(tables), width=190 * len(tables) + 120, height=400, gap=0.025)
