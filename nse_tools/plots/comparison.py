@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import faint, figure, plain, style
+from nse_tools.plots.theme import faint, figure, from_to, plain, style
 
 if TYPE_CHECKING:
     from nse_tools.evaluation import Comparison
@@ -54,8 +54,7 @@ def _found(table: pd.DataFrame) -> str:
     """Say where the methods end: each of a few, the lowest and the highest of many."""
     ends = table.groupby("method", sort=False)["mean"].last()
     if len(ends) > 5:
-        ends = ends.sort_values()
-        return f"{ends.iloc[0]:.1f} ({ends.index[0]}) to {ends.iloc[-1]:.1f} ({ends.index[-1]})"
+        return from_to(ends)
     return ", ".join(f"{method} {value:.1f}" for method, value in ends.items())
 
 

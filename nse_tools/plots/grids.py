@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import UNDER, add_line, figure, panels, plain, style
+from nse_tools.plots.theme import UNDER, add_line, figure, from_to, panels, plain, style
 
 _NAMES = {
     "score": "Score",
@@ -151,8 +151,14 @@ def step_times(table: pd.DataFrame, title: str | None = None) -> go.Figure:
         Instead of the finding: how long the fastest and the slowest take.
     """
     total = table.groupby("method", sort=False).seconds_per_edit.sum()
-    found = f"Seconds an edit takes: {total.min():.2g} ({total.idxmin()}) to {total.max():.2g} ({total.idxmax()})"
-    fig = figure(title or found, "seconds an edit", "", height=190 + 34 * len(total), width=860, tall=True)
+    fig = figure(
+        title or f"Seconds an edit takes: {from_to(total, '.2g')}",
+        "seconds an edit",
+        "",
+        height=190 + 34 * len(total),
+        width=860,
+        tall=True,
+    )
     for number, (step, own) in enumerate(table.groupby("step", sort=False)):
         fig.add_trace(
             go.Bar(

@@ -58,6 +58,12 @@ def test_twelve_methods_can_be_told_apart() -> None:
     assert fig.layout.title.text == "accuracy on rewrites at the end: 36.5 (&lt;i&gt;m11) to 75.0 (&lt;i&gt;m0)"
 
 
+def test_the_seconds_of_one_method_alone_are_said_once() -> None:
+    times = pd.DataFrame({"method": ["a", "a", "b"], "step": ["values", "keys", "values"], "seconds_per_edit": [1.0, 0.5, 2.0]})
+    assert plots.step_times(times).layout.title.text == "Seconds an edit takes: 1.5 (a) to 2 (b)"
+    assert plots.step_times(times[:2]).layout.title.text == "Seconds an edit takes: 1.5 (a)"
+
+
 def test_an_unknown_measure_is_refused() -> None:
     with pytest.raises(SettingError, match="efficacy_accuracy"):
         plots.comparison_curve(made_up(), "efficacy_acuracy")
