@@ -151,14 +151,8 @@ def step_times(table: pd.DataFrame, title: str | None = None) -> go.Figure:
         Instead of the finding: how long the fastest and the slowest take.
     """
     total = table.groupby("method", sort=False).seconds_per_edit.sum()
-    fig = figure(
-        title or f"Seconds an edit takes: {from_to(total, '.2g')}",
-        "seconds an edit",
-        "",
-        height=190 + 34 * len(total),
-        width=860,
-        tall=True,
-    )
+    found = f"Seconds an edit takes: {from_to(total, '.2g')}"
+    fig = figure(title or found, "seconds an edit", "", height=190 + 34 * len(total), width=860, tall=True)
     for number, (step, own) in enumerate(table.groupby("step", sort=False)):
         fig.add_trace(
             go.Bar(
