@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -110,7 +111,7 @@ def compare(
         Where the cells are made, e.g. a cluster (:class:`nse_tools.scale.RayExecutor`), one job a cell; each seed's key
         statistics are computed there too. A cell's facts stay together: its numbers, but for the seconds, are those of a run
         here. Every worker has a cache of values of its own, unless its folder is on a disk that all share. A cell that is killed on a
-        worker begins anew.
+        worker begins anew, and other processes do not share in the work.
 
     Returns
     -------
@@ -147,6 +148,9 @@ def compare(
     store = ComparisonFolder.open(folder, about) if folder is not None else None
     cells = {(s, m.name): cell for s in seeds for m in chosen if store and (cell := store.find(m.to_dict(), s))}
     missing = [(s, m) for s in seeds for m in chosen if (s, m.name) not in cells]
+    if store:
+        for seed, name in cells:
+            UnfinishedCell(store.unfinished(name, seed)).sweep()
     if cells:
         _log.info("%d of %d cells are in %s already", len(cells), len(cells) + len(missing), folder)
     with tqdm(total=len(missing) * len(stream.rounds(rounds_of)), desc="compare", unit="round", disable=not progress) as bar:
@@ -254,21 +258,26 @@ class _Run:
         )
 
     def inputs(self, seed: int, store: ComparisonFolder | None) -> _Inputs:
-        """Sample or read a seed's contexts, compute its C, and note both in the folder."""
+        """Return what the methods of a seed share, found once."""
         if self._inputs is None or self._inputs.seed != seed:
             self._inputs = None  # C is large: one seed's at a time
-            facts = self.facts.shuffled(seed) if self.shuffle else self.facts
-            noted = store.inputs(seed) if store else None
-            # contexts that finished cells were made with, even where sampling again would give others
-            contexts = Contexts(tuple(noted["contexts"]), seed) if noted else sample_contexts(self.model, seed, self.starters)
-            corpus = self._text(seed, noted) if store else self.corpus
-            moments = second_moments(self.model, self.layers, corpus, seed=seed, progress=self.progress, executor=self.executor)
-            if store:
-                store.note_inputs(seed, {"contexts": list(contexts.prefixes), "facts": facts.ids, **self._noted(moments, corpus)})
-            self._inputs = _Inputs(seed, facts, contexts, moments)
+            with store.beginning(seed) if store else nullcontext():
+                self._inputs = self._found_inputs(seed, store)
             if self.shuffle:  # other batches round in other ways: the same numbers whether or not cells were left out
                 self.unedited.clear()
         return self._inputs
+
+    def _found_inputs(self, seed: int, store: ComparisonFolder | None) -> _Inputs:
+        """Sample or read a seed's contexts, compute its C, and note both in the folder."""
+        facts = self.facts.shuffled(seed) if self.shuffle else self.facts
+        noted = store.inputs(seed) if store else None
+        # contexts that finished cells were made with, even where sampling again would give others
+        contexts = Contexts(tuple(noted["contexts"]), seed) if noted else sample_contexts(self.model, seed, self.starters)
+        corpus = self._text(seed, noted) if store else self.corpus
+        moments = second_moments(self.model, self.layers, corpus, seed=seed, progress=self.progress, executor=self.executor)
+        if store:
+            store.note_inputs(seed, {"contexts": list(contexts.prefixes), "facts": facts.ids, **self._noted(moments, corpus)})
+        return _Inputs(seed, facts, contexts, moments)
 
     def _text(self, seed: int, noted: Mapping[str, Any] | None) -> Corpus | None:
         """Return the text for C: what was given, or what the folder's seed was begun with; sampled if it is begun now."""
@@ -302,6 +311,8 @@ class _Run:
                 continue
             queue.append((seed, method))
             passed_over += 1
+            if passed_over == len(queue):
+                _log.info("other processes are making the last %d cells: waiting for them", len(queue))
             if passed_over >= len(queue):
                 bar.set_description(f"waiting for other processes: {len(queue)} cells")
                 time.sleep(_PAUSE)
@@ -330,6 +341,7 @@ class _Run:
             bar.update(len(self.facts.rounds(self.rounds_of)))
             if store:
                 store.write(cell)
+                UnfinishedCell(store.unfinished(cell.name, cell.seed)).sweep()
             yield cell
 
     def _tasks(
@@ -361,7 +373,7 @@ class _Run:
             self.model,
             method,
             contexts=inputs.contexts,
-            moments=inputs.moments,
+            moments=inputs.moments.only(method.layers),
             seed=inputs.seed,
             progress=self.progress,
             value_cache=self.value_cache,
@@ -380,7 +392,8 @@ class _Run:
         asked = {s: plan[s] for s in self._asked(0)}
         for batch in asked.values():  # a round at a time, so that later scorings find their prompts in the same batches
             round_scores(session, 0, batch)
-        tested = begun.tested() if begun else {}
+        tested = begun.tested([0, *self.tested]) if begun else {}
+        edit = begun.edit if begun else EditSession.edit
 
         def test(number: int) -> None:
             if number not in tested:
@@ -394,7 +407,7 @@ class _Run:
         for number in range(1, len(plan) + 1):
             if number > len(session):
                 try:
-                    session.edit(plan[number])
+                    edit(session, plan[number])
                 except EditError as wrong:
                     _log.warning("%s, seed %d, could not make round %d: %s", session.method.name, session.seed, number, wrong)
                     test(len(session))  # also where it stopped between two tests
@@ -403,7 +416,7 @@ class _Run:
                 bar.update()
             if number in self.tested:
                 test(number)
-        return dict(sorted(tested.items())), stopped
+        return tested, stopped
 
     def _asked(self, number: int) -> list[int]:
         """Return the rounds whose facts are asked after a round; after none, all that will be asked at some time."""

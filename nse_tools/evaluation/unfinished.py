@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -15,17 +16,19 @@ from nse_tools import _late
 from nse_tools.editing import EditSession, Method
 from nse_tools.errors import SettingError, StorageError
 from nse_tools.evaluation.comparison_store import check_settings, plain, read_tables, write_tables
+from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
-from nse_tools.models.storage import make_folder, remove_folder
+from nse_tools.models.storage import make_folder, remove_folder, write_durably
 
 _log = logging.getLogger(__name__)
-_SESSION, _TESTED = "session", "tested"
+_METHOD, _SESSION, _TESTED = "method.json", "session", "tested"
 
 
 class UnfinishedCell:
-    """The folder of a cell that is being made: its session, and a folder of tables for each tested round.
+    """The folder of a cell that is being made: its method, its session, and a folder of tables for each tested round.
 
     ``with UnfinishedCell(path) as begun`` holds it if no other process does (``begun.held``), until the end of the block or of the process.
+    Where nothing can be kept (the disk is full, there are no locks) a warning says why, and the cell is made all the same.
 
     Parameters
     ----------
@@ -35,29 +38,29 @@ class UnfinishedCell:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.held = False
         self._lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=0, fallback_to_soft=False)
         self._session: EditSession | None = None
 
     def __enter__(self) -> Self:
-        make_folder(self.path.parent)
-        with suppress(Timeout):
+        try:
+            make_folder(self.path.parent)
             self._lock.acquire()
+            self.held = True
+        except Timeout:
+            pass
+        except (OSError, NotImplementedError) as wrong:
+            _log.warning("%s cannot be locked (%s): do not make this comparison in several processes", self.path, wrong)
+            self.held = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close_session()
+        self._stop_keeping()
         self._lock.release()
-
-    @property
-    def held(self) -> bool:
-        """Whether the cell is this process's to make."""
-        return self._lock.is_locked
+        self.held = False
 
     def begin(self, model: EditableModel, method: Method, **options: Any) -> EditSession:
-        """Return the session that was begun here, or a new one; every round it makes is kept.
-
-        Where that cannot be (the disk is full, what is there is damaged) a warning says why, and the cell is made from its start without
-        being kept on the way.
+        """Return the session that was begun here or, where there is none that can be gone on with, a new one; its rounds are kept.
 
         Parameters
         ----------
@@ -73,26 +76,55 @@ class UnfinishedCell:
         SettingError
             If the cell was begun with other settings of the method.
         """
-        place = self.path / _SESSION
+        self._check_method(method)
         try:
-            if _late.call("storage", "holds_session", place):
-                # contexts and seed are the session's own; a comparison's folder has the same for all that is in it
-                taken = {name: value for name, value in options.items() if name not in ("contexts", "seed")}
-                self._session = EditSession.load(place, model, autosave=True, **taken)
-                check_settings(self.path, plain(self._session.method.to_dict()), plain(method.to_dict()))
-            else:
-                self._session = EditSession(model, method, autosave=place, **options)
+            if _late.call("storage", "holds_session", self.path / _SESSION):
+                return self._loaded(model, options)
+            return self._new(model, method, options)
         except StorageError as wrong:
-            _log.warning("%s is made from its start, and not kept on the way: %s", self.path.name, wrong)
+            _log.warning("%s is made from its start: %s", self.path.name, wrong)
+        self._delete()
+        try:
+            return self._new(model, method, options)
+        except StorageError as wrong:
+            _log.warning("%s is not kept on the way: %s", self.path.name, wrong)
             return EditSession(model, method, **options)
-        if n := len(self._session):
-            _log.info("%s goes on after round %d", self.path.name, n)
-        return self._session
 
-    def tested(self) -> dict[int, dict[str, pd.DataFrame]]:
-        """Return the tables of the rounds that were tested: round → name → table."""
-        made = -1 if self._session is None else len(self._session)
-        return {number: tables for number in range(made + 1) if (tables := self._read(number))}
+    def edit(self, session: EditSession, batch: FactList) -> None:
+        """Make a round; where it cannot be kept on disk, it is made all the same, and no later one is kept either."""
+        try:
+            session.edit(batch)
+        except StorageError as wrong:
+            _log.warning("%s is not kept from round %d on: %s", self.path.name, len(session) + 1, wrong)
+            self._stop_keeping()
+            session.autosave = self._session = None
+            session.edit(batch)
+
+    def tested(self, test_at: Iterable[int]) -> dict[int, dict[str, pd.DataFrame]]:
+        """Return the tables of the rounds that were tested: round → name → table.
+
+        If those of an earlier round than the session's last are missing, the session is taken back to it, so that every test is made of the
+        model as it was after that round.
+
+        Parameters
+        ----------
+        test_at : iterable of int
+            The rounds that are tested, ascending.
+        """
+        session, found = self._session, dict[int, dict[str, pd.DataFrame]]()
+        if session is None:
+            return found
+        for number in test_at:
+            if number > len(session):
+                break
+            if not (tables := self._read(number)):
+                session.rewind(to=number)
+                break
+            found[number] = tables
+        for place in (self.path / _TESTED).glob("[0-9]*"):
+            if int(place.name) not in found:
+                remove_folder(place)
+        return found
 
     def note(self, number: int, tables: Mapping[str, pd.DataFrame]) -> None:
         """Keep the tables of a tested round."""
@@ -105,15 +137,51 @@ class UnfinishedCell:
 
     def remove(self) -> None:
         """Delete what was kept: the cell is finished, or cannot be trusted."""
-        if self._session is not None:
-            self._close_session()
-            remove_folder(self.path)
+        self._stop_keeping()
+        self._session = None
+        self._delete()
         with suppress(OSError):  # Windows does not delete a file that is open
             Path(self._lock.lock_file).unlink()
 
-    def _close_session(self) -> None:
+    def sweep(self) -> None:
+        """Delete what a process left that was killed after it had finished the cell; not while another is at it."""
+        if self.path.exists():
+            with self:
+                if self.held:
+                    self.remove()
+
+    def _check_method(self, method: Method) -> None:
+        try:
+            begun_with = json.loads((self.path / _METHOD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # it is not there, or damaged as the rest will be
+            return
+        check_settings(self.path, begun_with, plain(method.to_dict()))
+
+    def _new(self, model: EditableModel, method: Method, options: Mapping[str, Any]) -> EditSession:
+        try:
+            write_durably(self.path / _METHOD, json.dumps(plain(method.to_dict())).encode())
+        except OSError as wrong:
+            raise StorageError(f"{self.path} cannot be written: {wrong}") from wrong
+        self._session = EditSession(model, method, autosave=self.path / _SESSION, **options)
+        return self._session
+
+    def _loaded(self, model: EditableModel, options: Mapping[str, Any]) -> EditSession:
+        # contexts and seed are the session's own; a comparison's folder has the same for all that is in it
+        taken = {name: value for name, value in options.items() if name not in ("contexts", "seed")}
+        self._session = EditSession.load(self.path / _SESSION, model, autosave=True, **taken)
+        _log.info("%s goes on after round %d", self.path.name, len(self._session))
+        return self._session
+
+    def _stop_keeping(self) -> None:
         if self._session is not None:
             self._session.autosave.close()
+
+    def _delete(self) -> None:
+        try:
+            if self.path.exists():
+                remove_folder(self.path)
+        except OSError as wrong:
+            _log.warning("%s cannot be deleted (%s); nothing needs it any more", self.path, wrong)
 
     def _place(self, number: int) -> Path:
         return self.path / _TESTED / f"{number:04d}"
@@ -127,5 +195,4 @@ class UnfinishedCell:
             return read_tables(place)[1]
         except SettingError as wrong:
             _log.warning("%s: round %d is tested again: %s", self.path.name, number, wrong)
-            remove_folder(place)
             return {}

@@ -85,8 +85,9 @@ def against_size(table: pd.DataFrame, measure: str = "score", title: str | None 
 def _around(values: np.ndarray, least: float = 20) -> list[float]:
     """Return a range of percent around values, of at least some points, so that small differences neither vanish nor look large."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    more = max(least - (high - low), 4) / 2
-    return [max(low - more, 0), min(high + more, 103)]
+    width = max(least, high - low + 4)
+    bottom = min(max((low + high - width) / 2, 0), 103 - width)
+    return [max(bottom, 0), bottom + width]
 
 
 def sensitivity(
@@ -106,7 +107,8 @@ def sensitivity(
     varied = {name: own for name, own in tables.items() if len(own) > 1} or tables
     spans = {name: own[measures[0]].max() - own[measures[0]].min() for name, own in varied.items()}
     widest = max(spans, key=lambda name: spans[name])
-    found = f"{label(measures[0])} varies most with {widest} ({spans[widest]:.1f} points), least with {min(spans, key=lambda n: spans[n])}"
+    least = f", least with {min(spans, key=lambda name: spans[name])}" if len(spans) > 1 else ""
+    found = f"{label(measures[0])} varies most with {widest} ({spans[widest]:.1f} points){least}"
     fig = panels(title or found, list(tables), width=190 * len(tables) + 120, height=400, gap=0.025)
     for col, own in enumerate(tables.values(), start=1):
         for number, measure in enumerate(measures):
@@ -127,8 +129,10 @@ def long_stream(table: pd.DataFrame, title: str | None = None) -> go.Figure:
         Instead of the finding: what is left of the first facts that are asked.
     """
     names = list(dict.fromkeys(table.asked))
-    ends = table[(table.asked == names[0]) & (table.edits == table.edits.max())].groupby("method", sort=False).value.mean()
-    found = f"{names[0]} after {table.edits.max()} edits: " + ", ".join(f"{method} {value:.1f}" for method, value in ends.items())
+    first = table[table.asked == names[0]]
+    at_end = first.edits == first.groupby("method").edits.transform("max")  # a method may have stopped before the others
+    ends = first[at_end].groupby("method", sort=False).value.mean()
+    found = f"{names[0]} at the end: " + ", ".join(f"{method} {value:.1f}" for method, value in ends.items())
     fig = panels(title or found, names, width=240 * len(names) + 120, height=420, gap=0.05)
     for col, name in enumerate(names, start=1):
         for number, (method, own) in enumerate(table[table.asked == name].groupby("method", sort=False)):

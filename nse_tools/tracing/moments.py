@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -55,6 +55,10 @@ class SecondMoments:
         if layer not in self.matrices:
             raise SettingError(f"No second moments of layer {layer}; computed: {sorted(self.matrices)}.")
         return self.matrices[layer]
+
+    def only(self, layers: Iterable[int]) -> SecondMoments:
+        """Return those of some of the layers."""
+        return replace(self, matrices={layer: self[layer] for layer in layers})
 
     @property
     def layers(self) -> list[int]:

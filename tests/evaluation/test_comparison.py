@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ import torch
 
 from models_small import build
 from nse_tools.editing import EditSession, Method, ValueCache, methods
-from nse_tools.errors import FactError, SettingError, StateError
+from nse_tools.errors import FactError, SettingError, StateError, StorageError
 from nse_tools.evaluation import Comparison, compare, comparing, forgetting_matrix, load_comparison, passages, session_scores
 from nse_tools.evaluation.comparing import rounds_to_test
 from nse_tools.evaluation.comparison_store import Cell, sketch
 from nse_tools.facts import Fact, FactList
 from nse_tools.models.executors import LocalExecutor
 from nse_tools.models.weights import digest_of
+from nse_tools.storage import SessionFolder
 from nse_tools.tracing import sample_contexts, second_moments
 
 FACTS = FactList(
@@ -476,26 +478,69 @@ def test_tests_that_were_made_are_not_made_again_and_damaged_ones_are(
     assert asked == [0, 1, 2, 3]
     (tmp_path / "unfinished" / "nse-seed0" / "tested" / "0002" / "own.csv").write_text("twice,round\n5,2\n")
     resumed = run([NSE], folder=tmp_path, rounds_of=1, also={"own": measure})
-    assert asked[4:] == [2, 4]
+    assert asked[4:] == [2, 3, 4]  # the session is taken back to round 2, so that what is measured is the model of then
     assert "round 2 is tested again" in caplog.text
     assert resumed.also["own"][["round", "twice"]].to_numpy().tolist() == [[t, 2 * t] for t in range(5)]
 
 
-def test_a_cell_that_cannot_be_gone_on_with_is_made_from_its_start(
+def test_a_cell_begun_with_other_settings_is_refused_and_a_damaged_one_made_from_its_start(
     tmp_path: Path, broken_off: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     broken_off(3, tmp_path)
     kept = tmp_path / "unfinished" / "nse-seed0"
-    with pytest.raises(SettingError, match="nse-seed0 was made with other settings of 'nse': passes is 2 there, 1 was asked for"):
-        run([NSE.with_(passes=1)], folder=tmp_path, rounds_of=1)
-    whole = run([NSE], rounds_of=1)
-    held = EditSession.load(kept / "session", build("llama", "bos"), autosave=True, progress=False)  # as another process would
-    same_but_for_seconds(run([NSE], folder=tmp_path, rounds_of=1), whole)
-    assert "nse-seed0 is made from its start, and not kept on the way" in caplog.text
-    assert "is in use" in caplog.text
-    assert len(held) == 2
-    held.autosave.close()
-    assert kept.exists()  # it is the other's
+    for other, said in ((NSE.with_(passes=1), "passes is 2 there, 1 was asked for"), (NSE.with_(layers=(2,)), "layers is")):
+        with pytest.raises(SettingError, match=f"nse-seed0 was made with other settings of 'nse': {said}"):
+            run([other], folder=tmp_path, rounds_of=1)
+    for head in (kept / "session").glob("session*.json"):
+        head.write_text("{}")
+    same_but_for_seconds(run([NSE], folder=tmp_path, rounds_of=1), run([NSE], rounds_of=1))
+    assert "nse-seed0 is made from its start" in caplog.text
+    assert not kept.exists()
+
+
+def test_a_cell_goes_on_in_a_run_of_other_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit, rome = EditSession.edit, methods.rome(**ONE_LAYER)
+
+    def stop(session: EditSession, batch: FactList) -> None:
+        if len(session) == 2:
+            raise KeyboardInterrupt
+        edit(session, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EditSession, "edit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run([rome, NSE], folder=tmp_path, rounds_of=1)
+    with caplog.at_level("INFO", "nse_tools"):
+        same_but_for_seconds(run([rome], folder=tmp_path, rounds_of=1), run([rome], rounds_of=1))
+    assert "rome-seed0 goes on after round 2" in caplog.text
+
+
+def test_a_round_that_cannot_be_kept_is_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keep = SessionFolder.keep
+
+    def full(folder: SessionFolder, session: EditSession, rounds: Sequence[object]) -> None:
+        if len(rounds) == 3:
+            raise StorageError("the disk is full")
+        keep(folder, session, rounds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SessionFolder, "keep", full)
+        made = run([NSE], folder=tmp_path, rounds_of=1)
+    assert "nse-seed0 is not kept from round 3 on: the disk is full" in caplog.text
+    same_but_for_seconds(made, run([NSE], rounds_of=1))
+    assert not [file for file in (tmp_path / "unfinished").rglob("*") if file.is_file()]
+
+
+def test_what_a_process_left_that_died_after_a_cell_was_finished_is_deleted(tmp_path: Path, broken_off: Callable[..., None]) -> None:
+    broken_off(3, tmp_path / "a")
+    run([NSE], folder=tmp_path / "b", rounds_of=1)
+    shutil.copytree(tmp_path / "a" / "unfinished", tmp_path / "b" / "unfinished", dirs_exist_ok=True)
+    run([NSE], folder=tmp_path / "b", rounds_of=1)
+    assert not [file for file in (tmp_path / "b" / "unfinished").rglob("*") if file.is_file()]
 
 
 def test_other_facts_settings_or_model_are_refused_and_nothing_is_written(tmp_path: Path) -> None:

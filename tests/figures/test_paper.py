@@ -167,7 +167,7 @@ def test_what_is_left_of_a_long_stream_by_hand() -> None:
         "perplexity": {0: 10, 2: 11, 6: 12, 8: 13},
     }
     figure = plots.long_stream(table)
-    assert figure.layout.title.text == "first round's facts after 8 edits: nse 0.0"
+    assert figure.layout.title.text == "first round's facts at the end: nse 0.0"
     assert [list(trace.y) for trace in figure.data] == [[100, 50, 0], [100, 50], [100, 50, 100], [10, 11, 12, 13]]
 
 
