@@ -7,20 +7,19 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from nse_tools.editing import Method
 from nse_tools.errors import SettingError
-from nse_tools.models.storage import digest_of_bytes, make_folder, write_durably, write_folder_durably
+from nse_tools.models.storage import alone_at, digest_of_bytes, write_durably, write_folder_durably
 
 _log = logging.getLogger(__name__)
 
@@ -183,22 +182,9 @@ class ComparisonFolder:
         """Return where a cell is kept while it is being made."""
         return self.path / "unfinished" / self._place(name, seed).name
 
-    @contextmanager
-    def beginning(self, seed: int) -> Iterator[None]:
+    def beginning(self, seed: int) -> AbstractContextManager[bool]:
         """Let one process at a time begin a seed: the others then find its inputs noted."""
-        file = self.path / "unfinished" / f"seed{seed}.lock"
-        make_folder(file.parent)
-        lock = FileLock(file, fallback_to_soft=False)
-        try:
-            lock.acquire()
-        except (OSError, NotImplementedError) as wrong:
-            _log.warning("%s cannot be locked: %s", file, wrong)
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                file.unlink()
-            lock.release()
+        return alone_at(self.path / "unfinished" / f"seed{seed}.lock", wait=True)
 
     def _place(self, name: str, seed: int) -> Path:
         slug = re.sub(r"[^A-Za-z0-9_-]+", "_", name)

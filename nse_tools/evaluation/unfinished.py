@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from nse_tools import _late
 from nse_tools.editing import EditSession, Method
@@ -18,7 +16,7 @@ from nse_tools.errors import SettingError, StorageError
 from nse_tools.evaluation.comparison_store import check_settings, plain, read_tables, write_tables
 from nse_tools.facts import FactList
 from nse_tools.models import EditableModel
-from nse_tools.models.storage import make_folder, remove_folder, write_durably
+from nse_tools.models.storage import alone_at, remove_folder, write_durably
 
 _log = logging.getLogger(__name__)
 _METHOD, _SESSION, _TESTED = "method.json", "session", "tested"
@@ -39,24 +37,16 @@ class UnfinishedCell:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.held = False
-        self._lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=0, fallback_to_soft=False)
+        self._hold = alone_at(path.with_name(f"{path.name}.lock"), wait=False)
         self._session: EditSession | None = None
 
     def __enter__(self) -> Self:
-        try:
-            make_folder(self.path.parent)
-            self._lock.acquire()
-            self.held = True
-        except Timeout:
-            pass
-        except (OSError, NotImplementedError) as wrong:
-            _log.warning("%s cannot be locked (%s): do not make this comparison in several processes", self.path, wrong)
-            self.held = True
+        self.held = self._hold.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop_keeping()
-        self._lock.release()
+        self._hold.__exit__(None, None, None)
         self.held = False
 
     def begin(self, model: EditableModel, method: Method, **options: Any) -> EditSession:
@@ -140,8 +130,6 @@ class UnfinishedCell:
         self._stop_keeping()
         self._session = None
         self._delete()
-        with suppress(OSError):  # Windows does not delete a file that is open
-            Path(self._lock.lock_file).unlink()
 
     def sweep(self) -> None:
         """Delete what a process left that was killed after it had finished the cell; not while another is at it."""

@@ -18,7 +18,7 @@ from typing import Any
 from nse_tools.editing import Method, methods, order_facts
 from nse_tools.errors import SettingError, nearest
 from nse_tools.evaluation import Comparison, compare, load_comparison
-from nse_tools.evaluation.comparing import Measurement
+from nse_tools.evaluation.comparison_run import Measurement
 from nse_tools.facts import Fact, FactList
 from nse_tools.figures import measurements
 from nse_tools.models import EditableModel

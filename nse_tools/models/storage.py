@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+_log = logging.getLogger(__name__)
 SCRATCH = ".writing-"
 """How the names of unfinished folders begin; one is left only where a process was killed while it wrote."""
 
@@ -123,6 +126,29 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for place in reversed(missing):
         _sync(place.parent)
+
+
+@contextmanager
+def alone_at(file: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock file to the end of the block; yield whether it is held, which without waiting it is not while another process has it.
+
+    Where there are no locks, a warning says so and the block goes on as if it were held.
+    """
+    lock = FileLock(file, timeout=-1 if wait else 0, fallback_to_soft=False)
+    try:
+        make_folder(file.parent)
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as wrong:
+        _log.warning("%s cannot be locked (%s): let only one process at a time work in %s", file.name, wrong, file.parent)
+    try:
+        yield True
+    finally:
+        with suppress(OSError):  # Windows does not delete a file that is open
+            file.unlink()
+        lock.release()
 
 
 def digest_of_bytes(data: bytes) -> str:

@@ -20,7 +20,7 @@ import torch
 from models_small import build
 from nse_tools.editing import EditSession, Method, ValueCache, methods
 from nse_tools.errors import FactError, SettingError, StateError, StorageError
-from nse_tools.evaluation import Comparison, compare, comparing, forgetting_matrix, load_comparison, passages, session_scores
+from nse_tools.evaluation import Comparison, compare, comparison_run, forgetting_matrix, load_comparison, passages, session_scores
 from nse_tools.evaluation.comparing import rounds_to_test
 from nse_tools.evaluation.comparison_store import Cell, sketch
 from nse_tools.facts import Fact, FactList
@@ -603,7 +603,7 @@ def test_a_comparison_goes_on_where_numbers_are_rounded_in_another_way(
     data = json.loads(noted.read_text())
     data["moments"]["2"] = "0" * 32  # as if other bits had come out
     noted.write_text(json.dumps(data))
-    monkeypatch.setattr(comparing, "sample_corpus", lambda *_, **__: pytest.fail("the text of the folder was not used"))
+    monkeypatch.setattr(comparison_run, "sample_corpus", lambda *_, **__: pytest.fail("the text of the folder was not used"))
     both = run([NSE, MEMIT], folder=tmp_path)
     assert both.rounds.method.unique().tolist() == ["nse", "memit"]
     assert "to rounding only" in caplog.text
