@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from kept_small import METHOD, load, session_of
@@ -44,3 +47,19 @@ def write_file(folder: Path, file: Path, rounds_of: int) -> None:
     with EditStream(session, JsonLines(file), rounds_of=rounds_of, wait=3600) as stream:
         stream.run()
     session.autosave.close()
+
+
+def stream_of(edits: object, session: EditSession | None = None, **options: object) -> EditStream:
+    return EditStream(session_of(method=FAST) if session is None else session, edits, **{"rounds_of": 2, "wait": 3600, **options})
+
+
+def until(so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def rows_of(stream: EditStream) -> list[tuple[object, ...]]:
+    table = stream.to_frame()
+    return [(f, s, None if pd.isna(r) else int(r)) for f, s, r in zip(table.fact, table.status, table["round"], strict=True)]
