@@ -151,9 +151,8 @@ def neighbors_table(parts: Parts) -> pd.DataFrame:
     return pd.DataFrame({name: apart.get(column) for column, name in names.items()}, index=apart.index).reset_index()
 
 
-def disturbed_table(parts: Parts) -> pd.DataFrame:
+def disturbed_table(comparison: Comparison) -> pd.DataFrame:
     """Return, for each fact before the last round, what later rounds did at its key and whether it holds at the end."""
-    comparison = parts["sequence"]
     effects, scores = comparison.also["effects"], comparison.scores
     key = ["method", "seed", "round", "fact"]
     last = effects.groupby(["method", "seed"])["round"].transform("max")
@@ -360,9 +359,16 @@ FIGURES: dict[str, PaperFigure] = {
         PaperFigure(
             "disturbance",
             "sequence",
-            "neuron reuse and disturbance, and what is forgotten",
-            disturbed_table,
-            lambda parts: plots.disturbance(disturbed_table(parts)),
+            "how much later rounds disturb a fact's key, and what is forgotten",
+            lambda parts: disturbed_table(parts["sequence"]),
+            lambda parts: plots.disturbance(disturbed_table(parts["sequence"])),
+        ),
+        PaperFigure(
+            "reuse",
+            "reuse",
+            "how often later rounds write a fact's neurons again, where a round writes some of them, and what is forgotten",
+            lambda parts: disturbed_table(parts["reuse"]),
+            lambda parts: plots.disturbance(disturbed_table(parts["reuse"]), ("reuse", "disturbed")),
         ),
     )
 }

@@ -217,6 +217,11 @@ def _long(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
     return {"long": Part(make.each(STRESSED), facts_of=sampled)}
 
 
+def _reuse(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
+    selecting = tuple(make("nse", neuron_threshold=p).with_(name=f"nse, p {p:g}") for p in (0.5, 0.8))
+    return {"reuse": Part(selecting, also={"effects": measurements.effects})}
+
+
 def _anatomy(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
     also = {name: getattr(measurements, name) for name in ("answers", "values", "residuals", "neurons", "updates")}
     return {"anatomy": Part((make("nse", neuron_threshold=0.9).with_(name="nse, p 0.9"),), also=also)}
@@ -233,6 +238,7 @@ def _variant(make: Maker, name: str, of: str, times: Mapping[str, float] | None 
 
 
 _PAPER = RunSize(2000, 100, seeds=(0, 1, 2), tests=20)
+_MIDDLING = RunSize(400, 50, tests=2, contexts=2)
 RUNS: dict[str, Run] = {
     run.name: run
     for run in (
@@ -251,10 +257,11 @@ RUNS: dict[str, Run] = {
             "orders",
             "Does it matter whether similar keys are packed together or spread apart?",
             _orders,
-            RunSize(400, 50, tests=2, contexts=2),
+            _MIDDLING,
             _PAPER,
         ),
         Run("long", "What is left after thousands of edits?", _long, RunSize(3000, 100, tests=4, contexts=2), replace(_PAPER, n=10_000)),
+        Run("reuse", "Which neurons are written again, and is what they held lost?", _reuse, _MIDDLING, _PAPER),
         Run("anatomy", "What happens in one round?", _anatomy, RunSize(20, 20), RunSize(100, 100)),
     )
 }

@@ -26,6 +26,7 @@ from nse_tools.figures import measurements
 from nse_tools.figures.paper import FIGURES, disturbed_table, draw_figure, long_table, reported, times_table
 from nse_tools.figures.runs import RUNS, Maker, RunSize, load_run, make_run, variant_name
 from nse_tools.models import EditableModel
+from nse_tools.plots.disturbance import areas_within_rounds, disturbance
 from nse_tools.tracing import sample_contexts
 
 FACTS = FactList(
@@ -55,6 +56,7 @@ SIZES = {
     "orders": RunSize(4, 2, tests=1),
     "long": RunSize(6, 2, tests=2),
     "recipes": RunSize(4, 2, tests=1),
+    "reuse": RunSize(6, 2, tests=1),
     "anatomy": RunSize(3, 3),
 }
 
@@ -275,9 +277,47 @@ def test_answers_are_the_models_own(small: EditableModel, stored: Path) -> None:
 
 def test_forgotten_facts_and_disturbance_are_of_the_same_facts(stored: Path) -> None:
     parts = load_run("sequence", stored)
-    table = disturbed_table(parts)
+    table = disturbed_table(parts["sequence"])
     assert set(table.holds.unique()) <= {0.0, 1.0}
     assert (table.groupby(["method", "seed"]).size() == 4).all()
+
+
+def test_neurons_are_written_again_by_some_rounds_only_where_a_round_writes_some(stored: Path) -> None:
+    some = disturbed_table(load_run("reuse", stored)["reuse"])
+    assert some.method.unique().tolist() == ["nse, p 0.5", "nse, p 0.8"]
+    assert (some.groupby(["method", "edited_in_round"]).reuse.nunique() > 1).any()
+    assert (some.reuse < 3 - some.edited_in_round).any()
+    of_sequence = disturbed_table(load_run("sequence", stored)["sequence"])
+    all_neurons = of_sequence[of_sequence.method == "nse"]
+    assert all_neurons.reuse.to_numpy() == pytest.approx((3 - all_neurons.edited_in_round).to_numpy(), abs=1e-9)
+
+
+def test_areas_within_rounds_by_hand() -> None:
+    draw = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            "method": np.repeat(["a", "b"], 30),
+            "seed": np.tile(np.repeat([0, 1], 15), 2),
+            "edited_in_round": np.tile(np.repeat([1, 2, 3], 5), 4),
+            "disturbed": draw.integers(0, 4, 60) / 3,  # with ties
+            "reuse": 2 + 1e-13 * draw.random(60),  # the same but for rounding
+            "holds": draw.integers(0, 2, 60).astype(float),
+        }
+    )
+    table.loc[table.edited_in_round == 3, "holds"] = 1.0  # of which nothing can be said
+    expected = {}
+    for method in ("a", "b"):
+        found = []
+        for _, own in table[table.method == method].groupby(["seed", "edited_in_round"]):
+            lost, kept = own[own.holds == 0].disturbed, own[own.holds == 1].disturbed
+            if len(lost) and len(kept):
+                found.append(np.mean([(x > y) + 0.5 * (x == y) for x in lost for y in kept]))
+        expected[method] = np.mean(found)
+    areas = areas_within_rounds(table, ["disturbed", "reuse"])
+    assert areas.disturbed.to_dict() == pytest.approx(expected)
+    assert areas.reuse.tolist() == [0.5, 0.5]
+    assert "disturbed: a " in disturbance(table).layout.title.text
+    assert "nothing was forgotten" in disturbance(table.assign(holds=1.0)).layout.title.text
 
 
 def test_questions_as_zsre_has_them_are_drawn_by_their_own_measures(small: EditableModel, tmp_path: Path) -> None:
