@@ -14,7 +14,8 @@ _AXES = {
     "reuse": "rounds that wrote its neurons again, groups of equal size",
 }
 _TITLES = {"disturbed": "disturbance at the fact's key", "reuse": "reuse of the fact's neurons"}
-_BEING = {"disturbed": "disturbed", "reuse": "written again"}
+_BEING = {"disturbed": "being disturbed", "reuse": "being written again"}
+_TICKS = [digit * 10**power for power in (-2, -1, 0, 1) for digit in (1, 2, 5)]
 
 
 def disturbance(table: pd.DataFrame, quantities: Sequence[str] = ("disturbed",), groups: int = 5, title: str | None = None) -> go.Figure:
@@ -33,21 +34,25 @@ def disturbance(table: pd.DataFrame, quantities: Sequence[str] = ("disturbed",),
     title : str, optional
         Instead of the finding.
     """
-    if title is None:
-        areas = areas_within_rounds(table, quantities)
-        said = [f"{_BEING[q]}: {', '.join(f'{m} {v:.2f}' for m, v in areas[q].items())}" for q in quantities if len(areas)]
-        title = f"Do they tell lost facts of a round from kept ones? (0.5: no)<br>{'; '.join(said) or 'nothing was forgotten'}"
-    fig = panels(title, [_TITLES[q] for q in quantities], width=490 * max(len(quantities), 2), height=450)
+    fig = panels(title or _found(table, quantities), [_TITLES[q] for q in quantities], width=490 * max(len(quantities), 2), height=450)
     for col, quantity in enumerate(quantities, start=1):
         for number, (method, own) in enumerate(table.groupby("method", sort=False)):
             shown = disturbance_table(own, quantity, groups)
             add_line(fig, shown[quantity], shown.forgotten, str(method), number, col=col, hover="%{y:.1f} % of the facts at %{x:.3g}")
         fig.update_xaxes(title_text=_AXES[quantity], row=1, col=col)
         if quantity == "disturbed":
-            fig.update_xaxes(type="log", row=1, col=col)
+            fig.update_xaxes(type="log", tickvals=_TICKS, ticktext=[f"{tick:g}" for tick in _TICKS], row=1, col=col)
         fig.update_yaxes(rangemode="tozero", row=1, col=col)
     fig.update_yaxes(title_text="do not hold at the end (percent)", row=1, col=1)
     return fig.update_layout(legend=UNDER)
+
+
+def _found(table: pd.DataFrame, quantities: Sequence[str]) -> str:
+    areas = areas_within_rounds(table, quantities)
+    if areas.empty:
+        return "Later rounds and what is forgotten: nothing was, or nothing was kept, of any round"
+    by_quantity = (f"by {_BEING[q]} {', '.join(f'{method} {area:.2f}' for method, area in areas[q].items())}" for q in quantities)
+    return f"Telling a round's lost facts from its kept ones, area under the curve (0.5: a coin): {'; '.join(by_quantity)}"
 
 
 def areas_within_rounds(table: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:

@@ -316,8 +316,8 @@ def test_areas_within_rounds_by_hand() -> None:
     areas = areas_within_rounds(table, ["disturbed", "reuse"])
     assert areas.disturbed.to_dict() == pytest.approx(expected)
     assert areas.reuse.tolist() == [0.5, 0.5]
-    assert "disturbed: a " in disturbance(table).layout.title.text
-    assert "nothing was forgotten" in disturbance(table.assign(holds=1.0)).layout.title.text
+    assert "by being disturbed a " in disturbance(table).layout.title.text
+    assert "nothing was" in disturbance(table.assign(holds=1.0)).layout.title.text
 
 
 def test_questions_as_zsre_has_them_are_drawn_by_their_own_measures(small: EditableModel, tmp_path: Path) -> None:
