@@ -32,6 +32,15 @@ def test_the_page_shows_what_the_test_has() -> None:
     assert table_behind(ROOT / "docs" / "findings.md", "docs/results/paper/sequence") == rows_of(test, ("seeds", *COLUMNS))
 
 
+def test_the_page_shows_how_the_test_came_about() -> None:
+    test = load_run("sequence", ROOT / "docs/results/paper")["sequence"]
+    head, *rows = table_behind(ROOT / "docs" / "findings.md", "along the stream", head=True)
+    assert head[0] == "edits"
+    score, accuracy = (test.curve(name).groupby(["edits", "method"]).value.mean() for name in ("score", "efficacy_accuracy"))
+    tested = sorted({edits for edits, _ in score.index} - {0})
+    assert rows == [[str(t), *(f"{score[t, name]:.1f} / {accuracy[t, name]:.1f}" for name in head[1:])] for t in tested]
+
+
 def test_readme_shows_some_of_its_methods() -> None:
     test = load_run("sequence", ROOT / "docs/results/paper")["sequence"]
     shown = {"unedited", "recipe", "nse", "memit_seq", "alphaedit", "memit"}
