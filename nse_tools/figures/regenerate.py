@@ -119,7 +119,16 @@ def _of_sequence(name: str, *tables: str) -> tuple[str, ...]:
     return tuple(f"forgetting/{name}_{table}.csv" for table in tables)
 
 
-_OF_PAPER = ("anatomy", "ablation", "recipes", "round_size", "sequence_accuracy", "sequence_first_round", "sequence_perplexity")
+_OF_PAPER = (
+    "anatomy",
+    "ablation",
+    "recipes",
+    "round_size",
+    "reuse",
+    "sequence_accuracy",
+    "sequence_first_round",
+    "sequence_perplexity",
+)
 """The figures of :mod:`nse_tools.figures.paper` whose results are stored, and that a page shows."""
 RECIPES: dict[str, Recipe | FolderRecipe] = {
     "world_scores": Recipe(("world_nse.csv", "world_memit.csv"), lambda nse, memit: plots.scores({"NSE": nse, "MEMIT": memit})),

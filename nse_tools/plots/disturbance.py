@@ -51,7 +51,7 @@ def _found(table: pd.DataFrame, quantities: Sequence[str]) -> str:
     areas = areas_within_rounds(table, quantities)
     if areas.empty:
         return "Later rounds and what is forgotten: nothing was, or nothing was kept, of any round"
-    by_quantity = (f"by {_BEING[q]} {', '.join(f'{method} {area:.2f}' for method, area in areas[q].items())}" for q in quantities)
+    by_quantity = (f"by {_BEING[q]} ({', '.join(f'{method}: {area:.2f}' for method, area in areas[q].items())})" for q in quantities)
     return f"Telling a round's lost facts from its kept ones, area under the curve (0.5: a coin): {'; '.join(by_quantity)}"
 
 

@@ -316,7 +316,7 @@ def test_areas_within_rounds_by_hand() -> None:
     areas = areas_within_rounds(table, ["disturbed", "reuse"])
     assert areas.disturbed.to_dict() == pytest.approx(expected)
     assert areas.reuse.tolist() == [0.5, 0.5]
-    assert "by being disturbed a " in disturbance(table).layout.title.text
+    assert "by being disturbed (a: " in disturbance(table).layout.title.text
     assert "nothing was" in disturbance(table.assign(holds=1.0)).layout.title.text
 
 
