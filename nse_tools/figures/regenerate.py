@@ -122,6 +122,7 @@ def _of_sequence(name: str, *tables: str) -> tuple[str, ...]:
 _OF_PAPER = (
     "anatomy",
     "ablation",
+    "long",
     "recipes",
     "round_size",
     "reuse",

@@ -10,7 +10,7 @@ import pytest
 
 from nse_tools.editing import methods
 from nse_tools.facts import load_facts
-from nse_tools.figures.paper import ends_by_part
+from nse_tools.figures.paper import ends_by_part, long_table
 from nse_tools.figures.runs import load_run
 from nse_tools.models import EditableModel
 from pages_small import ROOT, rows_of, table_behind
@@ -39,6 +39,25 @@ def test_the_page_shows_how_the_test_came_about() -> None:
     score, accuracy = (test.curve(name).groupby(["edits", "method"]).value.mean() for name in ("score", "efficacy_accuracy"))
     tested = sorted({edits for edits, _ in score.index} - {0})
     assert rows == [[str(t), *(f"{score[t, name]:.1f} / {accuracy[t, name]:.1f}" for name in head[1:])] for t in tested]
+
+
+def test_the_page_shows_what_is_left_after_thousands_of_edits() -> None:
+    parts = load_run("long", ROOT / "docs/results/paper")
+    left = long_table(parts).set_index(["edits", "method", "asked"]).value
+    score = parts["long"].curve("score").set_index(["edits", "method"]).value
+    asked = ("first round's facts", "some rounds' facts between", "newest round's facts")
+    expected = [
+        [
+            f"{edits:,}".replace(",", " "),
+            method,
+            *(f"{left[place]:.0f}" if (place := (edits, method, name)) in left.index else "–" for name in asked),
+            f"{score[edits, method]:.1f}",
+            f"{left[edits, method, 'perplexity']:.1f}",
+        ]
+        for edits in sorted({edits for edits, _ in score.index} - {0})
+        for method in parts["long"].methods
+    ]
+    assert table_behind(ROOT / "docs" / "findings.md", "docs/results/paper/long") == expected
 
 
 def test_readme_shows_some_of_its_methods() -> None:
