@@ -123,6 +123,7 @@ _OF_PAPER = (
     "anatomy",
     "ablation",
     "long",
+    "orders",
     "recipes",
     "round_size",
     "reuse",
