@@ -1,20 +1,28 @@
-"""Whether the facts that later rounds disturb most at their keys are those that are forgotten."""
+"""Whether the facts that later rounds disturb most at their keys, or whose neurons they write again, are those that are forgotten."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from nse_tools.plots.theme import UNDER, add_line, panels
 
-_AXES = {
-    "disturbed": "‖later ΔW k‖ / ‖own ΔW k‖, groups of equal size",
-    "reuse": "rounds that wrote its neurons again, groups of equal size",
+
+class _Quantity(NamedTuple):
+    """What a quantity is called above its panel, below it, and in the sentence of the title."""
+
+    title: str
+    axis: str
+    being: str
+
+
+_QUANTITIES = {
+    "disturbed": _Quantity("disturbance at the fact's key", "‖later ΔW k‖ / ‖own ΔW k‖, groups of equal size", "being disturbed"),
+    "reuse": _Quantity("reuse of the fact's neurons", "rounds that wrote its neurons again, groups of equal size", "being written again"),
 }
-_TITLES = {"disturbed": "disturbance at the fact's key", "reuse": "reuse of the fact's neurons"}
-_BEING = {"disturbed": "being disturbed", "reuse": "being written again"}
 _TICKS = [digit * 10**power for power in (-2, -1, 0, 1) for digit in (1, 2, 5)]
 
 
@@ -34,12 +42,14 @@ def disturbance(table: pd.DataFrame, quantities: Sequence[str] = ("disturbed",),
     title : str, optional
         Instead of the finding.
     """
-    fig = panels(title or _found(table, quantities), [_TITLES[q] for q in quantities], width=490 * max(len(quantities), 2), height=450)
+    fig = panels(
+        title or _found(table, quantities), [_QUANTITIES[q].title for q in quantities], width=490 * max(len(quantities), 2), height=450
+    )
     for col, quantity in enumerate(quantities, start=1):
         for number, (method, own) in enumerate(table.groupby("method", sort=False)):
             shown = disturbance_table(own, quantity, groups)
             add_line(fig, shown[quantity], shown.forgotten, str(method), number, col=col, hover="%{y:.1f} % of the facts at %{x:.3g}")
-        fig.update_xaxes(title_text=_AXES[quantity], row=1, col=col)
+        fig.update_xaxes(title_text=_QUANTITIES[quantity].axis, row=1, col=col)
         if quantity == "disturbed":
             fig.update_xaxes(type="log", tickvals=_TICKS, ticktext=[f"{tick:g}" for tick in _TICKS], row=1, col=col)
         fig.update_yaxes(rangemode="tozero", row=1, col=col)
@@ -51,7 +61,9 @@ def _found(table: pd.DataFrame, quantities: Sequence[str]) -> str:
     areas = areas_within_rounds(table, quantities)
     if areas.empty:
         return "Later rounds and what is forgotten: nothing was, or nothing was kept, of any round"
-    by_quantity = (f"by {_BEING[q]} ({', '.join(f'{method}: {area:.2f}' for method, area in areas[q].items())})" for q in quantities)
+    by_quantity = (
+        f"by {_QUANTITIES[q].being} ({', '.join(f'{method}: {area:.2f}' for method, area in areas[q].items())})" for q in quantities
+    )
     return f"Telling a round's lost facts from its kept ones, area under the curve (0.5: a coin): {'; '.join(by_quantity)}"
 
 
