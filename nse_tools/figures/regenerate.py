@@ -127,6 +127,7 @@ _OF_PAPER = (
     "recipes",
     "round_size",
     "reuse",
+    "sensitivity",
     "sequence_accuracy",
     "sequence_first_round",
     "sequence_perplexity",
