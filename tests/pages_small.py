@@ -64,10 +64,10 @@ def table_behind(page: Path, mark: str, *, head: bool = False) -> list[list[str]
     return [[re.sub(r"[`*]", "", cell.strip()).replace("\\|", "|") for cell in row] for row in rows]
 
 
-def rows_of(comparison: Comparison, columns: Sequence[str]) -> list[list[str]]:
+def rows_of(comparison: Comparison, columns: Sequence[str], score: str = "score") -> list[list[str]]:
     """Return the rows that a page's table of a comparison shows: the unedited model, then the methods, the highest Score first."""
     summary, shown = comparison.summary().set_index("method"), comparison.shown().set_index("method")
-    by_score = summary.score.drop(UNEDITED).sort_values(ascending=False).index
+    by_score = summary[score].drop(UNEDITED).sort_values(ascending=False).index
     return [[name, *shown.loc[name, list(columns)]] for name in (UNEDITED, *by_score)]
 
 

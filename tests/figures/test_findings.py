@@ -11,11 +11,19 @@ import pytest
 from nse_tools.editing import methods
 from nse_tools.facts import load_facts
 from nse_tools.figures.paper import ends_by_part, long_table
-from nse_tools.figures.runs import load_run
+from nse_tools.figures.runs import COMPARED, load_run
 from nse_tools.models import EditableModel
 from pages_small import ROOT, rows_of, table_behind
 
 COLUMNS = ("score", "efficacy_accuracy", "generalization", "specificity", "first_round_accuracy", "perplexity")
+OF_QUESTIONS = (
+    "score_token_accuracy",
+    "efficacy_accuracy",
+    "efficacy_token_accuracy",
+    "generalization_token_accuracy",
+    "locality_token_accuracy",
+    "perplexity",
+)
 
 
 @pytest.mark.parametrize("folder", ["docs/results/paper", "docs/results/paper/long_search"])
@@ -30,6 +38,14 @@ def test_the_page_shows_every_variant_of_a_search_with_its_numbers(folder: str) 
 def test_the_page_shows_what_the_test_has() -> None:
     test = load_run("sequence", ROOT / "docs/results/paper")["sequence"]
     assert table_behind(ROOT / "docs" / "findings.md", "docs/results/paper/sequence") == rows_of(test, ("seeds", *COLUMNS))
+
+
+@pytest.mark.parametrize(("records", "columns"), [("counterfact", COLUMNS), ("zsre", OF_QUESTIONS)])
+def test_the_page_shows_the_main_tables_of_benchmark_records(records: str, columns: tuple[str, ...]) -> None:
+    made = load_run("sequence", ROOT / "docs/results" / records)["sequence"]
+    assert set(made.methods) == set(COMPARED)
+    rows = table_behind(ROOT / "docs" / "findings.md", f"docs/results/{records}/sequence")
+    assert rows == rows_of(made, columns, columns[0])
 
 
 def test_the_page_shows_how_the_test_came_about() -> None:
