@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from nse_tools.cli.shell import Facts, Model, Preset, Settings, console, errors_in_one_line, numbers_of, settings_of, stream_of
+from nse_tools.cli.shell import FACTS_HELP, Model, Preset, Settings, console, errors_in_one_line, numbers_of, settings_of, stream_of
 
 commands = typer.Typer(help="The paper's experiments: run them, draw them from what is stored.", no_args_is_help=True)
 
@@ -27,9 +28,9 @@ def list_() -> None:
     figures = Table("figure", "shows", "run", box=box.SIMPLE_HEAD)
     for figure in FIGURES.values():
         figures.add_row(figure.name, escape(figure.shows), figure.run)
-    runs = Table("run", "asks", "facts", "in rounds of", "seeds", box=box.SIMPLE_HEAD)
+    runs = Table("run", "asks", "facts", "of", "in rounds of", "seeds", box=box.SIMPLE_HEAD)
     for run in RUNS.values():
-        runs.add_row(run.name, escape(run.asks), str(run.size.n), str(run.size.rounds_of), str(len(run.size.seeds)))
+        runs.add_row(run.name, escape(run.asks), str(run.size.n), run.facts, str(run.size.rounds_of), str(len(run.size.seeds)))
     console.print(figures)
     console.print(runs)
 
@@ -39,7 +40,9 @@ def run(
     name: Name,
     out: Folder = Path("runs/figures"),
     model: Model = "smollm2-135m",
-    facts: Facts = "world",
+    facts: Annotated[
+        str | None, typer.Option(help=f"{FACTS_HELP} By default those of the stored results (nse-tools figures list).")
+    ] = None,
     n: Annotated[int | None, typer.Option(help="How many facts; the run's own number by default.")] = None,
     rounds_of: Annotated[int | None, typer.Option(help="Facts in a round.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, with commas.")] = None,
@@ -49,34 +52,41 @@ def run(
     ] = None,
     as_in_paper: Annotated[bool, typer.Option(help="The paper's sizes instead of those for the embedded model.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only this of its methods (may be repeated); others can follow later.")] = None,
+    written: Annotated[bool, typer.Option(help="In 'sequence', also let the model write about edited facts: fluency.")] = False,
+    references: Annotated[
+        Path | None, typer.Option(help="Reference texts (ROME's attribute_snippets.json): also consistency of what is written.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file for C; by default each seed's is sampled from the model.")] = None,
     texts: Annotated[bool, typer.Option(help="Keep tables that quote facts; without, facts are named by their ids only.")] = True,
     preset: Preset = "smollm2-135m",
     change: Settings = None,
 ) -> None:
     """Run what a figure needs; a run that was killed goes on where it was."""
+    from nse_tools.evaluation import load_reference_texts
     from nse_tools.figures.paper import FIGURES
-    from nse_tools.figures.runs import RunSize, find_run, make_run
+    from nse_tools.figures.runs import find_run, make_run
     from nse_tools.models import load_model
+    from nse_tools.tracing import load_corpus
 
     with errors_in_one_line():
         chosen = find_run(FIGURES[name].run if name in FIGURES else name)
         usual = chosen.paper if as_in_paper else chosen.size
-        size = RunSize(
-            usual.n if n is None else n,
-            usual.rounds_of if rounds_of is None else rounds_of,
-            usual.seeds if seeds is None else tuple(numbers_of("--seeds", seeds)),
-            usual.tests if tests is None else tests,
-            usual.contexts if contexts is None else contexts,
-        )
+        asked: dict[str, Any] = {"n": n, "rounds_of": rounds_of, "tests": tests, "contexts": contexts}
+        asked |= {"seeds": None if seeds is None else tuple(numbers_of("--seeds", seeds))}
+        size = replace(usual, **{name: value for name, value in asked.items() if value is not None})
+        loaded = load_model(model)
         made = make_run(
             chosen.name,
-            load_model(model),
-            stream_of(facts),
+            loaded,
+            stream_of(facts or chosen.facts),
             out,
             size=size,
             preset=None if preset == "none" else preset,
             settings=settings_of(change or []),
             only=only,
+            written=written,
+            references=None if references is None else load_reference_texts(references),
+            corpus=None if text is None else load_corpus(loaded, text),
             texts=texts,
         )
     for part, result in made.items():
@@ -99,6 +109,6 @@ def draw(
     with errors_in_one_line():
         figure, table = draw_figure(name, out)
         place = make_folder(into or out)
-        table.to_csv(place / f"{name}.csv", index=False, lineterminator="\n")
         export(figure, place / f"{name}.{form}")
+        table.to_csv(place / f"{name}.csv", index=False, lineterminator="\n")
     console.print("Written:", *(escape(str(place / f"{name}.{ending}")) for ending in (form, "csv")), sep="\n  ")

@@ -22,13 +22,11 @@ if TYPE_CHECKING:
 console = Console()
 
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a hub id, a folder or a .gguf file.")]
-Facts = Annotated[
-    str,
-    typer.Option(
-        help="'world' (facts the embedded model knows first), 'world-development' or 'world-test' (every fourth of them; the others), "
-        "'world-all' (all of them, then further facts that 'world' does not have), or a JSON file of CounterFact, zsRE or our own schema."
-    ),
-]
+FACTS_HELP = (
+    "'world' (facts the embedded model knows first), 'world-development' or 'world-test' (every fourth of them; the others), "
+    "'world-all' (all of them, then further facts that 'world' does not have), or a JSON file of CounterFact, zsRE or our own schema."
+)
+Facts = Annotated[str, typer.Option(help=FACTS_HELP)]
 Preset = Annotated[str, typer.Option(help="Preset of all methods, or 'none' (then --set layers=…).")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting of all methods: name=value, value as in JSON.")]
 

@@ -18,11 +18,12 @@ from nse_tools.evaluation.forgetting import ForgettingMatrix, matrix_of
 from nse_tools.evaluation.scores import SCORED, ZSRE_SCORED, harmonic_mean
 
 UNEDITED = "unedited"
-SCORES = {"score": SCORED, "score_token_accuracy": ZSRE_SCORED}
+SCORES = {"score": SCORED, "score_accuracy": tuple(f"{measure}_accuracy" for measure in SCORED), "score_token_accuracy": ZSRE_SCORED}
 """Harmonic means, and of which measures."""
 KEYS = ("method", "seed", "round", "edited_in_round", "fact")
 _SUMMARY = {
     "score": tuple(name for measure in SCORED for name in (measure, f"{measure}_accuracy")),
+    "score_accuracy": (),
     "score_token_accuracy": ZSRE_SCORED,
     "efficacy_accuracy": ("generalization_accuracy",),
     "perplexity": ("first_round_accuracy", "last_round_accuracy", "seconds_per_edit"),
@@ -107,7 +108,8 @@ class Comparison:
         ----------
         measure : str
             One of :attr:`measures` (mean over the facts edited so far), ``"score"`` (harmonic mean of the means of efficacy,
-            generalization and specificity), ``"score_token_accuracy"`` (the same of zsRE's measures) or ``"perplexity"``.
+            generalization and specificity), ``"score_accuracy"`` (the same of their accuracies), ``"score_token_accuracy"`` (of
+            zsRE's measures) or ``"perplexity"``.
         facts_of : int, optional
             Only the facts of this round: what is left of them after later ones.
 
@@ -119,10 +121,12 @@ class Comparison:
         Raises
         ------
         SettingError
-            For an unknown measure, with the nearest known one; or a round that was not made.
+            For an unknown measure, with the nearest known one; a round that was not made; or the perplexity of a round's facts.
         """
         columns = ["method", "seed", "round", "edits"]
         if measure == "perplexity":
+            if facts_of is not None:
+                raise SettingError(f"facts_of={facts_of!r}: perplexity is of fixed text, not of facts. Leave facts_of out.")
             tested = self.rounds.dropna(subset="perplexity")
             return tested[[*columns, "perplexity"]].rename(columns={"perplexity": "value"}).reset_index(drop=True)
         table = self.scores if facts_of is None else self.scores[self.scores.edited_in_round == facts_of]

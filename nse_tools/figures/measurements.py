@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nse_tools.editing import EditRound, EditSession
-from nse_tools.evaluation import generate_texts, hidden_shift, round_scores
+from nse_tools.evaluation import ReferenceTexts, consistency, fluency, generate_texts, hidden_shift, round_scores, session_texts
 from nse_tools.evaluation.neuron_usage import round_update
 from nse_tools.evaluation.scores import NEIGHBORHOOD, REWRITE
 from nse_tools.facts import Fact, FactList
@@ -24,6 +24,7 @@ _EARLY = 20
 """Facts of the first round that are asked again and again."""
 _NEW_TOKENS = 6
 _PROMPTS = 40
+_WRITTEN = 50
 
 
 def answers(session: EditSession, round: int) -> pd.DataFrame:
@@ -73,16 +74,19 @@ def ability(session: EditSession, round: int) -> pd.DataFrame:
 
 
 def shift(session: EditSession, round: int) -> pd.DataFrame:
-    """Return where unrelated prompts stand before all edits and now (:meth:`HiddenShift.to_frame`), as of ``as_of``.
+    """Return where neighbours of the first round's facts stand before all edits and now (:meth:`HiddenShift.to_frame`), as of ``as_of``.
 
-    The prompts are neighbours of the first round's facts.
+    ``edited`` says whether a prompt names an edited subject, as in :func:`neighbors`: only the others were left alone.
     """
-    neighbors = list(dict.fromkeys(text for fact in session.facts[0] for text in fact.neighborhood)) if round else []
-    if len(neighbors) < 3:
+    owners = {text: fact.id for fact in reversed(session.facts[0]) for text in reversed(fact.neighborhood)} if round else {}
+    asked = list(reversed(owners))[:_PROMPTS]
+    if len(asked) < 3:
         return pd.DataFrame()
-    found = hidden_shift(session, neighbors[:_PROMPTS], rounds=(0, round))
+    found = hidden_shift(session, asked, rounds=(0, round))
     shares = dict(zip(("explained1", "explained2"), found.explained, strict=True))
-    return found.to_frame().rename(columns={"round": "as_of"}).assign(**shares)
+    table = found.to_frame().rename(columns={"round": "as_of"}).assign(**shares)
+    edited = _names_edited(session, round)
+    return table.assign(edited=[edited(owners[prompt], prompt) for prompt in table.prompt])
 
 
 def neighbors(session: EditSession, round: int) -> pd.DataFrame:
@@ -159,7 +163,8 @@ def _effects_at(made: Sequence[EditRound], layer: int) -> pd.DataFrame:
 
 
 def _of_round(done: EditRound, keys: Tensor, own: Tensor, later: Tensor, rewritten: Tensor) -> pd.DataFrame:
-    size = own.norm(dim=1).clamp(min=1e-300)
+    size = own.norm(dim=1)
+    size[size == 0] = torch.nan  # a round that changed nothing there: nothing to compare with
     share = keys.square() / keys.square().sum(1, keepdim=True)
     return pd.DataFrame(
         {
@@ -170,6 +175,27 @@ def _of_round(done: EditRound, keys: Tensor, own: Tensor, later: Tensor, rewritt
             "reuse": (share @ rewritten).tolist(),
         }
     )
+
+
+def written(session: EditSession, round: int, references: ReferenceTexts | None = None) -> pd.DataFrame:
+    """Return how the model writes about edited facts, now and before all edits: a row a fact.
+
+    Columns ``fact``, ``fluency`` (bits, :func:`nse_tools.evaluation.fluency`), ``fluency_before`` and, with reference texts,
+    ``consistency`` and ``consistency_before`` (cosine). Asked are up to 50 of the facts so far that have a generation prompt,
+    evenly spread over them, each by its first one.
+    """
+    writing = [replace(fact, generation=fact.generation[:1]) for fact in _facts_at(session, round) if fact.generation]
+    if not writing:
+        return pd.DataFrame()
+    asked = writing[:: -(-len(writing) // _WRITTEN)]
+    now, before = (_written(session, t, asked, references) for t in (round, 0))
+    return now.join(before, rsuffix="_before").reset_index()
+
+
+def _written(session: EditSession, round: int, facts: Sequence[Fact], references: ReferenceTexts | None) -> pd.DataFrame:
+    texts = session_texts(session, round, facts)
+    table = fluency(texts).texts.set_index("fact")[["fluency"]]
+    return table if references is None else table.join(consistency(texts, facts, references).facts.set_index("fact").consistency)
 
 
 def times(session: EditSession, round: int) -> pd.DataFrame:

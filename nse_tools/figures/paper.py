@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from nse_tools import plots
 from nse_tools.errors import SettingError, nearest
 from nse_tools.evaluation import Comparison
+from nse_tools.evaluation.comparison import UNEDITED
 from nse_tools.evaluation.scores import SCORED, harmonic_mean
 from nse_tools.figures.runs import RECIPE, load_run
 
@@ -23,10 +24,13 @@ _THREE = ("score", "efficacy_accuracy", "specificity")
 _FOUR = ("score", "efficacy_accuracy", "generalization", "specificity")
 _OF_QUESTIONS = {
     "score": "score_token_accuracy",
+    "efficacy": "efficacy_token_accuracy",
     "generalization": "generalization_token_accuracy",
     "specificity": "locality_token_accuracy",
 }
 """What stands for a measure where facts are questions without a true target (zsRE)."""
+_GRID = ("score", *SCORED), ("score_accuracy", *(f"{measure}_accuracy" for measure in SCORED))
+"""Success, and accuracy."""
 NEIGHBORS = ("neighbours left alone", "the same, unedited model", "neighbours edited too")
 _MOVED = ("nse", "memit", "alphaedit", RECIPE)
 _PANELS = {"p": "neuron_threshold", "α": "alpha", "λ": "mom2_update_weight", "layers": "layers"}
@@ -103,6 +107,27 @@ def edits_of(comparison: Comparison) -> dict[int, int]:
     return {int(t): int(n) for t, n in zip(made["round"], made.edits, strict=True)}
 
 
+def measures_table(parts: Parts) -> pd.DataFrame:
+    """Return the measures of :data:`_GRID` that were taken, by method, seed and edits."""
+    made = parts["sequence"]
+    taken = [measure for row in _rows(parts) for measure in row]
+    curves = pd.concat([made.curve(measure).assign(measure=measure) for measure in taken], ignore_index=True)
+    return curves[curves["round"] > 0].reset_index(drop=True)
+
+
+def sizes_table(parts: Parts) -> pd.DataFrame:
+    """Return the measures of :data:`_GRID` at the end, by method, seed and ``rounds_of``."""
+    taken = [measure for row in _rows(parts) for measure in row]
+    return size_table(parts).melt(["method", "seed", "rounds_of"], taken, "measure")
+
+
+def _rows(parts: Parts) -> list[list[str]]:
+    """Return the measures of :data:`_GRID`, or what stands for them; of each row those that were taken."""
+    has = next(iter(parts.values())).has
+    rows = [[_taken(parts, measure) for measure in row] for row in _GRID]
+    return [taken for row in rows if (taken := [measure for measure in row if has(measure)])]
+
+
 def _quoting(parts: Parts, table: str) -> pd.DataFrame:
     """Return a table of the sequence that quotes facts.
 
@@ -124,14 +149,29 @@ def _first_seed(table: pd.DataFrame) -> pd.DataFrame:
 def told_table(parts: Parts) -> pd.DataFrame:
     """Return what :data:`TOLD` answered to the first facts, first seed."""
     table = _first_seed(_quoting(parts, "answers"))
-    return table[table.method.isin(TOLD)]
+    return _of_methods(table, TOLD, "told")
 
 
 def moved_table(parts: Parts) -> pd.DataFrame:
-    """Return where unrelated prompts stood before and after all edits, first seed."""
+    """Return where neighbours' prompts stood before and after all edits, first seed."""
     table = _first_seed(_quoting(parts, "shift"))
     last = table["round"] == table.groupby("method")["round"].transform("max")
-    return table[last & table.method.isin(_MOVED)].reset_index(drop=True)
+    own = _of_methods(table[last], _MOVED, "shift").reset_index(drop=True)
+    return own.astype({"edited": bool}) if len(own) else own  # beside a method that made no round it is read as an object
+
+
+def _of_methods(table: pd.DataFrame, methods: tuple[str, ...], figure: str) -> pd.DataFrame:
+    """Return the rows of some methods.
+
+    Raises
+    ------
+    SettingError
+        If there are none.
+    """
+    own = table[table.method.isin(methods)]
+    if len(table) and own.empty:
+        raise SettingError(f"{figure}: it shows {', '.join(methods)}, and the run has none of them yet (nse-tools figures run sequence).")
+    return own
 
 
 def neighbors_table(parts: Parts) -> pd.DataFrame:
@@ -171,11 +211,32 @@ def times_table(parts: Parts) -> pd.DataFrame:
 
 # ---- the main table --------------------------------------------------------------------------------------------------
 def reported() -> pd.DataFrame:
-    """Return the numbers reported for Llama-3-8B (2 000 edits in rounds of 100, CounterFact), percent; Score is computed from them."""
+    """Return the numbers reported for Llama-3-8B (CounterFact, rounds of 100; 2 000 edits where no other number is named), percent.
+
+    Score is computed from them; fluency is in bits × 100.
+    """
     file = files("nse_tools.figures") / "data" / "reported_llama3_8b.csv"
     with file.open(encoding="utf-8") as text:
         table = pd.read_csv(text)
     return table.assign(score=[harmonic_mean(row) for row in table[list(SCORED)].to_numpy().tolist()])
+
+
+def main_table(parts: Parts) -> pd.DataFrame:
+    """Return the summary; where it was measured what the models write, with fluency (bits) and consistency (cosine)."""
+    made = parts["sequence"]
+    written = made.also.get("written")
+    return made.summary() if written is None or written.empty else made.summary().join(_texts_measured(written), on="method")
+
+
+def _texts_measured(written: pd.DataFrame) -> pd.DataFrame:
+    """Return means over facts, then seeds, after the last round, and their deviation over seeds; the unedited model's in a row."""
+    kinds = [kind for kind in ("fluency", "consistency") if kind in written]
+    last = written[written["round"] == written.groupby(["method", "seed"])["round"].transform("max")]
+    own = last.groupby(["method", "seed"], sort=False)
+    seeds = own[kinds].mean().groupby("method", sort=False)
+    found = pd.concat([seeds.mean(), seeds.std().add_suffix("_sd")], axis=1)
+    found.loc[UNEDITED, kinds] = own[[f"{kind}_before" for kind in kinds]].mean().mean().to_numpy()
+    return found
 
 
 def main_dots(parts: Parts) -> go.Figure:
@@ -191,7 +252,7 @@ def _dots(parts: Parts, ends: pd.DataFrame, measures: tuple[str, ...] = _THREE) 
 def reported_dots(parts: Parts) -> go.Figure:
     """Draw what was reported for another, larger model: to stand beside, never to be mixed in."""
     table = reported().rename(columns={"method": "variant"})
-    title = "As reported for Llama-3-8B, CounterFact, 2 000 edits in rounds of 100 (not measured here)"
+    title = "As reported for Llama-3-8B, CounterFact, rounds of 100, after 2 000 edits where nothing else is said (not measured here)"
     return plots.dots(table, ("score", "efficacy", "generalization", "specificity"), title=title)
 
 
@@ -253,8 +314,14 @@ def _sensitivity_table(parts: Parts) -> pd.DataFrame:
 
 
 def _anatomy(parts: Parts) -> go.Figure:
-    values, neurons, residuals, updates = (_first_seed(parts["anatomy"].also[n]) for n in ("values", "neurons", "residuals", "updates"))
+    values, neurons, residuals, updates = (_one_round(parts, name) for name in ("values", "neurons", "residuals", "updates"))
     return plots.round_anatomy(values, neurons, residuals, updates)
+
+
+def _one_round(parts: Parts, name: str) -> pd.DataFrame:
+    """Return a table of the anatomy's last round, first seed."""
+    table = _first_seed(parts["anatomy"].also[name])
+    return table[table["round"] == table["round"].max()]
 
 
 def _ends(part: str) -> Callable[[Parts], pd.DataFrame]:
@@ -271,8 +338,13 @@ FIGURES: dict[str, PaperFigure] = {
             told_table,
             lambda parts: plots.told_stream(told_table(parts), edits_of(parts["sequence"])),
         ),
+        PaperFigure("anatomy", "anatomy", "Figure 2: one real round, step by step", lambda parts: _one_round(parts, "residuals"), _anatomy),
         PaperFigure(
-            "anatomy", "anatomy", "Figure 2: one real round, step by step", lambda parts: parts["anatomy"].also["residuals"], _anatomy
+            "sequence_measures",
+            "sequence",
+            "Figure 3: efficacy, generalization, specificity and Score, as success and as accuracy, against the number of edits",
+            measures_table,
+            lambda parts: plots.measures_grid(measures_table(parts), _rows(parts)),
         ),
         PaperFigure("sequence_score", "sequence", "Figure 3: Score against the number of edits", *_curve("score")),
         PaperFigure("sequence_accuracy", "sequence", "Figure 3, by accuracy on rewrites", *_curve("efficacy_accuracy")),
@@ -288,6 +360,13 @@ FIGURES: dict[str, PaperFigure] = {
             lambda parts: plots.against_size(size_table(parts), _taken(parts, "score")),
         ),
         PaperFigure(
+            "round_size_measures",
+            "round_size",
+            "Figure 4: all measures, as success and as accuracy, by the number of facts in a round",
+            sizes_table,
+            lambda parts: plots.measures_grid(sizes_table(parts), _rows(parts), "rounds_of"),
+        ),
+        PaperFigure(
             "ability",
             "sequence",
             "Figure 5: general ability against the number of edits",
@@ -301,7 +380,7 @@ FIGURES: dict[str, PaperFigure] = {
             times_table,
             lambda parts: plots.step_times(times_table(parts)),
         ),
-        PaperFigure("main", "sequence", "the main table", lambda parts: parts["sequence"].summary(), main_dots),
+        PaperFigure("main", "sequence", "the main table", main_table, main_dots),
         PaperFigure("reported", "sequence", "the paper's main table, for Llama-3-8B", lambda parts: reported(), reported_dots),
         PaperFigure(
             "ablation",
@@ -341,7 +420,7 @@ FIGURES: dict[str, PaperFigure] = {
         PaperFigure(
             "shift",
             "sequence",
-            "hidden states of untouched prompts before and after",
+            "hidden states of neighbours' prompts before and after: left alone, and edited too",
             moved_table,
             lambda parts: plots.shift_planes(moved_table(parts)),
         ),

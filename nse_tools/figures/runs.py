@@ -10,6 +10,7 @@ import logging
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from nse_tools.editing import Method, methods, order_facts
 from nse_tools.errors import SettingError, nearest
-from nse_tools.evaluation import Comparison, compare, load_comparison
+from nse_tools.evaluation import Comparison, ReferenceTexts, compare, load_comparison
 from nse_tools.evaluation.comparison_run import Measurement
 from nse_tools.facts import Fact, FactList
 from nse_tools.figures import measurements
@@ -60,7 +61,10 @@ class Maker:
 
     def _recipe(self) -> Method | None:
         preset = f"{self.preset}-{RECIPE}"
-        return methods.nse(preset, **self.settings).with_(name=RECIPE) if preset in methods.presets() else None
+        if preset not in methods.presets():
+            _log.info("there is no preset %r: the method %r is left out", preset, RECIPE)
+            return None
+        return methods.nse(preset, **self.settings).with_(name=RECIPE)
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,16 @@ class RunSize:
     seeds : tuple of int
         Seeds of order, contexts and the text for C.
     tests : int
-        After how many rounds, evenly spread, all facts so far are tested; the last is always one of them.
+        After how many rounds, evenly spread, all facts so far are tested: the first and the last always, so two at least.
     contexts : int
         How many of the usual contexts stand beside the bare prompt.
+    stop_at_argmax : int
+        Value searches stop once the target was the first choice so many times (the setting ``v_stop_at_argmax``); 0: never.
+
+    Raises
+    ------
+    SettingError
+        If a number is too small, or there is no seed.
     """
 
     n: int
@@ -86,6 +97,14 @@ class RunSize:
     seeds: tuple[int, ...] = (0,)
     tests: int = 5
     contexts: int = len(STARTERS)
+    stop_at_argmax: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("n", 1), ("rounds_of", 1), ("tests", 1), ("contexts", 0), ("stop_at_argmax", 0)):
+            if (value := getattr(self, name)) < least:
+                raise SettingError(f"{name}={value!r}: expected a whole number of at least {least}.")
+        if not self.seeds:
+            raise SettingError("seeds: expected one at least.")
 
     def test_at(self, rounds_of: int) -> list[int]:
         """Return the rounds that are tested, the first and the last among them."""
@@ -141,6 +160,8 @@ class Run:
         For the embedded model: what the stored results are of.
     paper : RunSize
         As in the paper, for a model of several billion parameters on a GPU.
+    facts : str
+        The shipped facts that the stored results are of, as ``--facts`` takes them.
     """
 
     name: str
@@ -148,6 +169,7 @@ class Run:
     parts: Callable[[Maker, RunSize, int], Mapping[str, Part]] = field(repr=False)
     size: RunSize
     paper: RunSize
+    facts: str = "world-test"
 
 
 COMPARED = (RECIPE, "nse", "memit_seq", "memit", "alphaedit", "prune", "rect", "rome", "ft", "ft_l")
@@ -238,31 +260,41 @@ def _variant(make: Maker, name: str, of: str, times: Mapping[str, float] | None 
 
 
 _PAPER = RunSize(2000, 100, seeds=(0, 1, 2), tests=20)
-_MIDDLING = RunSize(400, 50, tests=2, contexts=2)
+_STOPPED = RunSize(100, 20, tests=1, contexts=2, stop_at_argmax=3)
+"""What is cheap enough for two cores: few contexts, and value searches that stop early."""
+_MIDDLING = replace(_STOPPED, n=400, rounds_of=50, tests=2)
 RUNS: dict[str, Run] = {
     run.name: run
     for run in (
-        Run("sequence", "What does each method learn, keep and spoil as edits go on?", _sequence, RunSize(1000, 100, (0, 1, 2)), _PAPER),
-        Run("round_size", "Does it matter how many facts a round holds?", _round_size, RunSize(100, 20, tests=1), replace(_PAPER, n=1000)),
-        Run("ablation", "What does each of NSE's four parts contribute?", _ablation, RunSize(200, 20, tests=2), _PAPER),
-        Run("sensitivity", "How much do the settings matter?", _sensitivity, RunSize(100, 20, tests=1), replace(_PAPER, n=1000)),
+        Run(
+            "sequence",
+            "What does each method learn, keep and spoil as edits go on?",
+            _sequence,
+            replace(_STOPPED, n=1000, rounds_of=100, seeds=(0, 1, 2), tests=3),
+            _PAPER,
+        ),
+        Run("round_size", "Does it matter how many facts a round holds?", _round_size, _STOPPED, replace(_PAPER, n=1000)),
+        Run("ablation", "What does each of NSE's four parts contribute?", _ablation, replace(_STOPPED, tests=2), _PAPER, "world"),
+        Run("sensitivity", "How much do the settings matter?", _sensitivity, _STOPPED, replace(_PAPER, n=1000)),
         Run(
             "recipes",
             "Which changes to NSE and its relatives help? On facts and seeds for development.",
             _recipes,
-            RunSize(360, 90, seeds=(10,), tests=2, contexts=2),
+            replace(_STOPPED, n=360, rounds_of=90, seeds=(10,), tests=2),
             replace(_PAPER, seeds=(10,), tests=2),
+            "world-development",
         ),
+        Run("orders", "Does it matter whether similar keys are packed together or spread apart?", _orders, _MIDDLING, _PAPER),
         Run(
-            "orders",
-            "Does it matter whether similar keys are packed together or spread apart?",
-            _orders,
-            _MIDDLING,
-            _PAPER,
+            "long",
+            "What is left after thousands of edits?",
+            _long,
+            replace(_STOPPED, n=3000, rounds_of=100, tests=4),
+            replace(_PAPER, n=10_000),
+            "world-all",
         ),
-        Run("long", "What is left after thousands of edits?", _long, RunSize(3000, 100, tests=4, contexts=2), replace(_PAPER, n=10_000)),
         Run("reuse", "Which neurons are written again, and is what they held lost?", _reuse, _MIDDLING, _PAPER),
-        Run("anatomy", "What happens in one round?", _anatomy, RunSize(20, 20), RunSize(100, 100)),
+        Run("anatomy", "What happens in one round?", _anatomy, RunSize(20, 20), RunSize(100, 100), "world"),
     )
 }
 """Name → run."""
@@ -291,6 +323,9 @@ def make_run(
     preset: str | None = methods.DEFAULT_PRESET,
     settings: Mapping[str, Any] | None = None,
     only: Iterable[str] | None = None,
+    written: bool = False,
+    references: ReferenceTexts | None = None,
+    corpus: Corpus | None = None,
     texts: bool = True,
     progress: bool = True,
 ) -> dict[str, Comparison]:
@@ -314,6 +349,12 @@ def make_run(
         Settings of all methods to change.
     only : iterable of str, optional
         Only methods of these names; the others can be added later.
+    written : bool
+        Also measure what the model writes about edited facts: the run ``sequence`` gets a table ``written``, with fluency.
+    references : ReferenceTexts, optional
+        Texts about things the new targets are true of (:func:`nse_tools.load_reference_texts`): ``written`` gets consistency too.
+    corpus : Corpus, optional
+        The text for C of all parts that do not ask how much is needed; each seed gets its own, sampled from the model, by default.
     texts : bool
         Keep the tables that quote facts (:data:`nse_tools.figures.measurements.WITH_TEXTS`). Without them the results name facts by
         their ids only, so that they can be passed on where the facts cannot.
@@ -334,11 +375,12 @@ def make_run(
     size = size or run.size
     if len(facts) < size.n:
         raise SettingError(f"The run {name!r} edits {size.n} facts; there are {len(facts)}. Give more facts, or a smaller size (n).")
-    parts = run.parts(Maker(preset, settings or {}), size, model.n_layers)
-    chosen = {part: _chosen(own, only) for part, own in parts.items()}
-    if not any(chosen.values()):
-        known = [method.name for own in parts.values() for method in own.methods]
-        raise SettingError(f"only={list(only or ())}: none of the run's methods; known: {', '.join(dict.fromkeys(known))}.")
+    early = {"v_stop_at_argmax": size.stop_at_argmax} if size.stop_at_argmax else {}
+    parts = run.parts(Maker(preset, early | dict(settings or {})), size, model.n_layers)
+    chosen = _chosen(parts, only)
+    if (written or references) and name != "sequence":
+        raise SettingError(f"written, references: what the model writes is measured in the run 'sequence', not in {name!r}.")
+    further = {"written": partial(measurements.written, references=references)} if written or references else {}
     made = {}
     for part, own in parts.items():
         if not chosen[part]:
@@ -356,9 +398,9 @@ def make_run(
             test_at=size.test_at(rounds_of),
             facts_of=own.facts_of,
             shuffle=own.order == "shuffled",
-            corpus=_text(model, own, size.seeds[0], progress),
+            corpus=_text(model, own, size.seeds[0], progress) or corpus,
             starters=STARTERS[: size.contexts] if own.starters is None else own.starters,
-            also={name: table for name, table in own.also.items() if texts or name not in measurements.WITH_TEXTS},
+            also={table: measure for table, measure in own.also.items() if texts or table not in measurements.WITH_TEXTS} | further,
             progress=progress,
         )
     return made
@@ -373,7 +415,7 @@ def load_run(name: str, folder: str | Path) -> dict[str, Comparison]:
         If there is no such run, or the folder holds nothing of it.
     """
     place = Path(folder) / find_run(name).name
-    found = sorted(file.parent for file in place.glob("*/comparison.json"))
+    found = sorted({cell.parents[2] for cell in place.glob("*/cells/*/cell.json")})  # a part may just have been begun
     if not found:
         raise SettingError(f"{place} holds nothing of the run {name!r}. Run it first: nse-tools figures run {name}.")
     return {part.name: load_comparison(part) for part in found}
@@ -386,5 +428,16 @@ def _text(model: EditableModel, part: Part, seed: int, progress: bool) -> Corpus
     return sample_corpus(model, n_tokens=round(part.tokens_per_neuron * model.d_ff), seed=seed, progress=progress)
 
 
-def _chosen(part: Part, only: Iterable[str] | None) -> list[Method]:
-    return [method for method in part.methods if only is None or method.name in only]
+def _chosen(parts: Mapping[str, Part], only: str | Iterable[str] | None) -> dict[str, list[Method]]:
+    """Return the methods that are asked for, by part.
+
+    Raises
+    ------
+    SettingError
+        If a name is none of the run's methods.
+    """
+    known = dict.fromkeys(method.name for own in parts.values() for method in own.methods)
+    wanted = list(known) if only is None else [only] if isinstance(only, str) else list(only)
+    if unknown := [name for name in wanted if name not in known]:
+        raise SettingError(f"only={unknown}: none of the run's methods.{nearest(unknown[0], known)} Known: {', '.join(known)}.")
+    return {part: [method for method in own.methods if method.name in wanted] for part, own in parts.items()}

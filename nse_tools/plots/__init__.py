@@ -9,6 +9,7 @@ from nse_tools.plots.forgetting import forgetting_cohorts, forgetting_curve, for
 from nse_tools.plots.general import ability_curve, shift_planes
 from nse_tools.plots.grids import against_size, dots, long_stream, sensitivity, step_times
 from nse_tools.plots.lost import lost_facts
+from nse_tools.plots.measures import measures_grid
 from nse_tools.plots.neurons import neuron_card, neuron_map, neuron_overlap, neuron_scores, neuron_usage
 from nse_tools.plots.performance import cluster_scaling, round_seconds, search_speed
 from nse_tools.plots.probing import hidden_shift, logit_lens, next_tokens, prompt_rounds
@@ -44,6 +45,7 @@ __all__ = [
     "logit_lens",
     "long_stream",
     "lost_facts",
+    "measures_grid",
     "neuron_card",
     "neuron_map",
     "neuron_overlap",

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import faint, figure, from_to, plain, style
+from nse_tools.plots.theme import faint, figure, from_to, label, plain, style
 
 if TYPE_CHECKING:
     from nse_tools.evaluation import Comparison
-
-_NAMES = {"score": "Score", "efficacy_accuracy": "accuracy on rewrites"}
 
 
 def comparison_curve(
@@ -36,7 +34,7 @@ def comparison_curve(
     """
     curve = comparison if isinstance(comparison, pd.DataFrame) else comparison.curve(measure, facts_of)
     table = over_seeds(curve, with_unedited=measure == "perplexity")
-    name, of = _NAMES.get(measure, measure.replace("_", " ")), "" if facts_of is None else f", facts of round {facts_of}"
+    name, of = label(measure), "" if facts_of is None else f", facts of round {facts_of}"
     unit = "" if measure == "perplexity" else " (percent)"
     fig = figure(title or f"{name}{of} at the end: {_found(table)}", "facts edited so far", f"{name}{of}{unit}")
     for number, (method, line) in enumerate(table.groupby("method", sort=False)):

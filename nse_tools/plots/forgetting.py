@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import COLORS, GUIDE, SEQUENTIAL, faint, figure, plain, style
+from nse_tools.plots.theme import COLORS, GUIDE, SEQUENTIAL, faint, figure, label, plain, style
 
 if TYPE_CHECKING:
     from nse_tools.evaluation import ForgettingMatrix, Retention
@@ -220,4 +220,5 @@ def _add_curve(fig: go.Figure, name: str, matrix: ForgettingMatrix, number: int,
 
 
 def _name(measure: str) -> str:
-    return measure.replace("_", " ").capitalize()
+    name = label(measure)
+    return name[:1].upper() + name[1:]

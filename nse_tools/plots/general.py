@@ -27,7 +27,7 @@ def ability_curve(table: pd.DataFrame, edits: Mapping[int, int], title: str | No
     shown = table[table.metric == table.task.map(first)].assign(edits=table["round"].map(edits))
     means = shown.groupby(["method", "edits"], sort=False).value.mean().mul(100)
     start = shown[shown.edits == 0].value.mean() * 100
-    ends = {str(m): float(own.iloc[-1]) for m, own in means.groupby("method", sort=False)}
+    ends = {str(m): float(own.sort_index().iloc[-1]) for m, own in means.groupby("method", sort=False)}
     best, worst = max(ends, key=lambda m: ends[m]), min(ends, key=lambda m: ends[m])
     found = f"General ability, mean of the tasks: {start:.1f} unedited; at the end {best} {ends[best]:.1f}, {worst} {ends[worst]:.1f}"
     tasks = list(first.index)
@@ -47,13 +47,15 @@ def ability_curve(table: pd.DataFrame, edits: Mapping[int, int], title: str | No
 
 
 def shift_planes(table: pd.DataFrame, title: str | None = None) -> go.Figure:
-    """Draw unrelated prompts' hidden states before and after all edits in their principal plane: a panel a method, one scale.
+    """Draw prompts' hidden states before and after all edits in their principal plane: a panel a method, one scale.
+
+    Prompts that name an edited subject are apart from those that were left alone; the finding is of these.
 
     Parameters
     ----------
     table : DataFrame
         ``method``, ``as_of`` (0 and the last round), ``prompt``, ``pc1``, ``pc2``, ``relative`` (:meth:`HiddenShift.to_frame`),
-        ``explained1`` and ``explained2``; one seed.
+        ``edited`` (whether the prompt names an edited subject), ``explained1`` and ``explained2``; one seed.
     title : str, optional
         Instead of the finding.
 
@@ -67,15 +69,23 @@ def shift_planes(table: pd.DataFrame, title: str | None = None) -> go.Figure:
             "shift_planes: no unrelated prompts were recorded; the first round's facts need three neighbourhood prompts at least."
         )
     by_method = dict(iter(table.groupby("method", sort=False)))
-    moved = {str(m): own[own.as_of > 0].relative.mean() for m, own in by_method.items()}
-    found = "Unrelated prompts' last states moved, on average, by " + ", ".join(f"{m} {x:.1%}" for m, x in moved.items()) + " of ‖h‖"
-    fig = panels(title or found, [str(m) for m in by_method], width=330 * len(by_method) + 60, height=420, gap=0.07)
+    fig = panels(title or _moved(table), [str(m) for m in by_method], width=330 * len(by_method) + 60, height=420, gap=0.07)
     for col, own in enumerate(by_method.values(), start=1):
-        before, after = own[own.as_of == 0], own[own.as_of > 0]
-        _add_moves(fig, col, before, after)
+        _add_moves(fig, col, own[own.as_of == 0], own[own.as_of > 0])
         fig.update_xaxes(title_text=f"first component ({own.explained1.iloc[0]:.0%})", row=1, col=col)
         fig.update_yaxes(title_text=f"second ({own.explained2.iloc[0]:.0%})", scaleanchor=f"x{col if col > 1 else ''}", row=1, col=col)
     return fig.update_layout(legend=UNDER)
+
+
+def _moved(table: pd.DataFrame) -> str:
+    """Say how far the prompts that were left alone moved; if there are none, the others."""
+    after = table[table.as_of > 0]
+    asked, which = (after[~after.edited], "left alone") if not after.edited.all() else (after, "edited too")
+    moved = asked.groupby("method", sort=False).relative.mean()
+    n = asked.prompt.nunique()
+    return (
+        f"Last states of the {n} prompts {which} moved, on average, by " + ", ".join(f"{m} {x:.1%}" for m, x in moved.items()) + " of ‖h‖"
+    )
 
 
 def _add_moves(fig: go.Figure, col: int, before: pd.DataFrame, after: pd.DataFrame) -> None:
@@ -93,19 +103,27 @@ def _add_moves(fig: go.Figure, col: int, before: pd.DataFrame, after: pd.DataFra
         row=1,
         col=col,
     )
-    for number, (name, own) in enumerate((("unedited", before), ("after all edits", after))):
-        fig.add_trace(
-            go.Scatter(
-                x=own.pc1.tolist(),
-                y=own.pc2.tolist(),
-                mode="markers",
-                name=name,
-                legendgroup=name,
-                showlegend=col == 1,
-                marker={"color": COLORS[number], "size": 8 - number, "symbol": "circle" if number else "circle-open"},
-                customdata=[[plain(p), r] for p, r in zip(own.prompt, own.relative, strict=True)],
-                hovertemplate="%{customdata[0]}: moved %{customdata[1]:.2%} of ‖h‖<extra>" + name + "</extra>",
-            ),
-            row=1,
-            col=col,
-        )
+    kinds = ((before, "unedited model", "circle-open", 0), (after, "after all edits", "circle", 1))
+    for edited, also in ((False, ""), (True, ", subject edited too")):
+        for states, name, symbol, number in kinds:
+            _add_states(
+                fig, col, states[states.edited == edited], name + also, symbol.replace("circle", "diamond" if edited else "circle"), number
+            )
+
+
+def _add_states(fig: go.Figure, col: int, own: pd.DataFrame, name: str, symbol: str, number: int) -> None:
+    fig.add_trace(
+        go.Scatter(
+            x=own.pc1.tolist(),
+            y=own.pc2.tolist(),
+            mode="markers",
+            name=name,
+            legendgroup=name,
+            showlegend=col == 1 and len(own) > 0,
+            marker={"color": COLORS[number + 2 * symbol.startswith("diamond")], "size": 8 - number, "symbol": symbol},
+            customdata=[[plain(p), r] for p, r in zip(own.prompt, own.relative, strict=True)],
+            hovertemplate="%{customdata[0]}: moved %{customdata[1]:.2%} of ‖h‖<extra>" + name + "</extra>",
+        ),
+        row=1,
+        col=col,
+    )

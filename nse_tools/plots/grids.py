@@ -8,14 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.plots.theme import UNDER, add_line, figure, from_to, panels, plain, style
-
-_NAMES = {
-    "score": "Score",
-    "efficacy_accuracy": "accuracy on rewrites",
-    "first_round_accuracy": "accuracy, first round's facts",
-    "rounds_of": "facts in a round",
-}
+from nse_tools.plots.theme import UNDER, add_line, figure, from_to, label, panels, plain, style
 
 
 def dots(
@@ -170,8 +163,3 @@ def step_times(table: pd.DataFrame, title: str | None = None) -> go.Figure:
         )
     fig.update_yaxes(autorange="reversed", title_text="")
     return fig.update_layout(barmode="stack", legend=UNDER | {"traceorder": "normal"})
-
-
-def label(measure: str) -> str:
-    """Return a measure's name as figures write it."""
-    return _NAMES.get(measure, measure.replace("_", " "))

@@ -14,7 +14,6 @@ from plotly.subplots import make_subplots
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 """Okabe and Ito's colours, which people with any colour vision can tell apart."""
 SEQUENTIAL = "Cividis"
-DIVERGING = "RdBu_r"
 MEAN, EACH = COLORS[1], "rgba(75, 165, 225, 0.6)"
 GUIDE = "#888888"
 """Lines that mark a limit or a border: visible on white and on black."""
@@ -31,6 +30,13 @@ UNDER = {
 """A legend below the plot, in rows."""
 TITLE = 15
 """Size of a title's font, pixels."""
+_NAMES = {
+    "score": "Score",
+    "score_accuracy": "Score by accuracy",
+    "efficacy_accuracy": "accuracy on rewrites",
+    "first_round_accuracy": "accuracy, first round's facts",
+    "rounds_of": "facts in a round",
+}
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down", "pentagon")
 
 
@@ -132,7 +138,9 @@ def style(number: int) -> dict[str, dict[str, str]]:
     return {"line": line, "marker": {"symbol": MARKERS[number % len(MARKERS)]}}
 
 
-def add_line(fig: go.Figure, x: Iterable[Any], y: Iterable[Any], name: str, number: int, *, col: int | None = None, hover: str) -> None:
+def add_line(
+    fig: go.Figure, x: Iterable[Any], y: Iterable[Any], name: str, number: int, *, row: int = 1, col: int | None = None, hover: str
+) -> None:
     """Add the ``number``-th of several named lines with marks; in panels, the line of a name has one entry in the legend."""
     look, shown = style(number), plain(name)
     fig.add_trace(
@@ -142,12 +150,12 @@ def add_line(fig: go.Figure, x: Iterable[Any], y: Iterable[Any], name: str, numb
             mode="lines+markers",
             name=shown,
             legendgroup=shown,
-            showlegend=col in (None, 1),
+            showlegend=row == 1 and col in (None, 1),
             line=look["line"],
             marker=look["marker"] | {"size": 8},
             hovertemplate=f"{hover}<extra>{shown}</extra>",
         ),
-        row=None if col is None else 1,
+        row=None if col is None else row,
         col=col,
     )
 
@@ -157,6 +165,11 @@ def fact_texts(source: object) -> dict[str, str]:
     rounds = getattr(source, "rounds", None) or [source]
     facts = [fact for done in rounds for fact in getattr(done, "facts", ())]
     return {fact.id: f"{fact.text} → {fact.target_new}" for fact in facts}
+
+
+def label(measure: str) -> str:
+    """Return a measure's name as figures write it."""
+    return _NAMES.get(measure, measure.replace("_", " "))
 
 
 def from_to(values: pd.Series, form: str = ".1f") -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,81 +13,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from models_small import build
 from nse_tools import plots
 from nse_tools.cli import app
-from nse_tools.editing import EditSession, methods
 from nse_tools.errors import SettingError
-from nse_tools.evaluation import Comparison, passages, score_facts
+from nse_tools.evaluation import (
+    Comparison,
+    harmonic_mean,
+)
 from nse_tools.evaluation.comparison_store import Cell
-from nse_tools.facts import Fact, FactList, Question
-from nse_tools.figures import measurements
-from nse_tools.figures.paper import FIGURES, disturbed_table, draw_figure, long_table, reported, times_table
-from nse_tools.figures.runs import RUNS, Maker, RunSize, load_run, make_run, variant_name
+from nse_tools.facts import FactList, Question
+from nse_tools.figures.paper import FIGURES, disturbed_table, draw_figure, long_table, main_table, reported, times_table
+from nse_tools.figures.runs import RUNS, RunSize, load_run, make_run
 from nse_tools.models import EditableModel
 from nse_tools.plots.disturbance import areas_within_rounds, disturbance
-from nse_tools.tracing import sample_contexts
-
-FACTS = FactList(
-    [
-        Fact("a", "Danielle Darrieux", "The mother tongue of {} is", "Rome", "French", neighborhood=("Berlin plays the", "In Rome")),
-        Fact("b", "Eiffel Tower", "The {} is in", "Japan", "Paris", None, ("Where is the Eiffel Tower? In",), ("The city of",)),
-        Fact(
-            "c",
-            "São Paulo",
-            "The city of {} is in",
-            "Italy",
-            "Brazil",
-            paraphrases=("São Paulo? It is in",),
-            neighborhood=("Lima is in", "Rio is in"),
-        ),
-        Fact("d", "Berlin", "The capital, {}, plays the", "tongue", "piano", neighborhood=("Therefore I think", "You and I")),
-        Fact("e", "Danielle", "The mother of {} is in", "Paris", "Rome", neighborhood=("The city", "The tower")),
-        Fact("f", "Tower", "Where is the {}? In", "Italy", "Japan", neighborhood=("I think", "Because of")),
-    ]
-)
-SETTINGS = {"layers": (1,), "v_num_grad_steps": 3, "mom2_update_weight": 0.1, "ft_num_steps": 2, "nullspace_unit": "relative"}
-SIZES = {
-    "sequence": RunSize(6, 2, tests=3),
-    "round_size": RunSize(6, 2, tests=1),
-    "ablation": RunSize(4, 2, tests=1),
-    "sensitivity": RunSize(4, 2, tests=1),
-    "orders": RunSize(4, 2, tests=1),
-    "long": RunSize(6, 2, tests=2),
-    "recipes": RunSize(4, 2, tests=1),
-    "reuse": RunSize(6, 2, tests=1),
-    "anatomy": RunSize(3, 3),
-}
-
-SOME = {"recipes": ["nse", "nse, λ/5", "nse, replayed targets"]}
-"""Of the many variants only these are run here."""
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EditableModel]:
-    """Return a small model; what is made of it stays out of the user's cache, and texts and tasks are short."""
-    short, whole = passages()[:2], EditSession.ability
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NSE_TOOLS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for module in ("perplexity", "drift"):
-            patch.setattr(sys.modules[f"nse_tools.evaluation.{module}"], "passages", lambda: short)
-        patch.setattr(EditSession, "ability", lambda session, **options: whole(session, limit=2, **options))
-        yield build("llama", "bos")
-
-
-@pytest.fixture(scope="module")
-def stored(small: EditableModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    for name, size in SIZES.items():
-        make_run(name, small, FACTS, folder, size=size, preset=None, settings=SETTINGS, only=SOME.get(name), progress=False)
-    return folder
-
-
-def test_a_size_tests_the_first_and_the_last_round_and_some_between() -> None:
-    assert RunSize(1000, 100, tests=5).test_at(100) == [1, 3, 5, 8, 10]
-    assert RunSize(1000, 100, tests=99).test_at(100) == list(range(1, 11))
-    assert RunSize(90, 20, tests=1).test_at(20) == [1, 5]
-    assert RunSize(10, 20, tests=3).test_at(20) == [1]
+from paper_small import FACTS, SETTINGS, SIZES
 
 
 @pytest.mark.parametrize("name", list(FIGURES))
@@ -112,7 +50,8 @@ def test_a_run_goes_on_where_it_was(small: EditableModel, stored: Path) -> None:
     cells = stored / "sequence" / "sequence" / "cells"
     before = {file: file.stat().st_mtime_ns for file in cells.rglob("*")}
     assert len(list(cells.iterdir())) == 9
-    again = make_run("sequence", small, FACTS, stored, size=SIZES["sequence"], preset=None, settings=SETTINGS, progress=False)
+    options = {"size": SIZES["sequence"], "preset": None, "settings": SETTINGS, "progress": False}
+    again = make_run("sequence", small, FACTS, stored, written=True, **options)
     assert {file: file.stat().st_mtime_ns for file in cells.rglob("*")} == before
     pd.testing.assert_frame_equal(again["sequence"].also["effects"], load_run("sequence", stored)["sequence"].also["effects"])
 
@@ -173,106 +112,64 @@ def test_what_is_left_of_a_long_stream_by_hand() -> None:
     assert [list(trace.y) for trace in figure.data] == [[100, 50, 0], [100, 50], [100, 50, 100], [10, 11, 12, 13]]
 
 
-def test_the_ablation_has_every_combination_once() -> None:
-    parts = RUNS["ablation"].parts(Maker(), RUNS["ablation"].size, 30)
-    grid = {(m.values_under, m.use_history, m.neuron_threshold, m.passes): m.name for m in parts["ablation"].methods}
-    assert len(grid) == len(parts["ablation"].methods) == 16
-    assert all(name == variant_name(*combination) for combination, name in grid.items())
+def test_the_main_table_has_what_was_written_by_hand(stored: Path) -> None:
+    made = load_run("sequence", stored)["sequence"]
+    rows = [
+        (method, seed, t, fact, fluency + 10 * t, 3.0)
+        for method, fluency in (("nse", 4.0), ("memit", 6.0))
+        for seed in (0, 1)
+        for t in (1, 3)
+        for fact, fluency in (("a", fluency + seed), ("b", fluency))
+    ]
+    written = pd.DataFrame(rows, columns=["method", "seed", "round", "fact", "fluency", "fluency_before"])
+    table = main_table({"sequence": replace(made, also={**made.also, "written": written})}).set_index("method")
+    assert table.fluency[["unedited", "nse", "memit"]].tolist() == [3.0, 34.25, 36.25]
+    assert table.fluency_sd.nse == pytest.approx(np.std([34.0, 34.5], ddof=1))
+    assert table.score.equals(made.summary().set_index("method").score)
 
 
-def test_the_search_for_a_recipe_changes_what_its_names_say() -> None:
-    stages = RUNS["recipes"].parts(Maker(settings={"v_stop_at_argmax": 3}), RUNS["recipes"].size, 30)
-    own = {method.name: method for part in stages.values() for method in part.methods}
-    base = methods.nse(v_stop_at_argmax=3).to_dict()
-    assert base == own["nse"].to_dict()
-    changed = {name: {k for k, v in m.to_dict().items() if v != base[k]} - {"name"} for name, m in own.items()}
-    assert all(changed[name] for name in own if name != "nse")
-    assert len({(frozenset(c), tuple(map(str, (own[n].to_dict()[k] for k in sorted(c))))) for n, c in changed.items()}) == len(own)
-    assert own["nse, λ/5"].mom2_update_weight == pytest.approx(methods.nse().mom2_update_weight / 5)
-    assert own["nse, first and last layer"].spread == "ends"
+def test_all_measures_in_a_grid_are_those_of_the_comparison(stored: Path) -> None:
+    made = load_run("sequence", stored)["sequence"]
+    figure, table = draw_figure("sequence_measures", stored)
+    kinds = ["efficacy", "generalization", "specificity"]
+    shown = ["score", *kinds, "score_accuracy", *(f"{kind}_accuracy" for kind in kinds)]
+    assert table.measure.unique().tolist() == shown
+    assert len(figure.data) == len(shown) * table.method.nunique()
+    nse = [trace for trace in figure.data if trace.name == "nse"]
+    for trace, measure in zip(nse, shown, strict=True):
+        curve = made.curve(measure)
+        expected = curve[(curve.method == "nse") & (curve["round"] > 0)].groupby("edits").value.mean()
+        assert list(trace.x) == expected.index.tolist()
+        assert list(trace.y) == pytest.approx(expected.tolist())
+    ends = made.ends()
+    by_accuracy = [harmonic_mean(row) for row in ends[shown[5:]].to_numpy().tolist()]
+    assert ends.score_accuracy.tolist() == pytest.approx(by_accuracy, nan_ok=True)
+    sizes, table = draw_figure("round_size_measures", stored)
+    assert sizes.layout.xaxis.type == "log"
+    assert sorted(table.rounds_of.unique()) == [1, 5]
 
 
-def test_the_recipe_is_compared_where_the_preset_has_one() -> None:
-    asked = ("recipe", "nse", "memit")
-    assert [m.name for m in Maker("gpt2-xl").each(asked)] == [m.name for m in Maker(None, SETTINGS).each(asked)] == ["nse", "memit"]
-    recipe, nse, _ = Maker(settings={"v_stop_at_argmax": 3}).each(asked)
-    assert recipe == methods.nse("smollm2-135m-recipe", v_stop_at_argmax=3).with_(name="recipe")
-    assert nse.values_under != recipe.values_under
+def test_a_round_is_drawn_alone_where_the_anatomy_has_several(small: EditableModel, tmp_path: Path) -> None:
+    make_run("anatomy", small, FACTS, tmp_path, size=RunSize(4, 2), preset=None, settings=SETTINGS, progress=False)
+    assert set(load_run("anatomy", tmp_path)["anatomy"].also["residuals"]["round"]) == {1, 2}
+    figure, table = draw_figure("anatomy", tmp_path)
+    assert set(table["round"]) == {2}
+    assert f"of {small.d_ff} selected" in " ".join(note.text for note in figure.layout.annotations) + str(figure.layout)
 
 
-def test_sensitivity_keeps_to_the_models_layers() -> None:
-    parts = RUNS["sensitivity"].parts(Maker(), RUNS["sensitivity"].size, 10)
-    assert [m.layers for m in parts["layers"].methods] == [(1, 2, 3, 4, 5), (3, 4, 5, 6, 7), (5, 6, 7, 8, 9)]
+def test_what_has_just_been_begun_is_passed_over(stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored / "ablation", tmp_path / "ablation")
+    shutil.copytree(stored / "ablation" / "ablation", tmp_path / "ablation" / "begun", ignore=shutil.ignore_patterns("cells"))
+    assert list(load_run("ablation", tmp_path)) == ["ablation"]
 
 
-def test_neighbors_are_told_apart_by_whether_their_subject_is_edited(small: EditableModel) -> None:
-    def measured(rounds: int) -> dict[str, tuple[bool, bool]]:
-        with session.at(rounds):
-            found = score_facts(small, FACTS, progress=False).prompts
-        own = found[found.kind == "neighborhood"]
-        return {prompt: (bool(s), bool(a)) for prompt, s, a in zip(own.prompt, own.success, own.accuracy, strict=True)}
-
-    session = EditSession(small, methods.nse(preset=None, **SETTINGS), progress=False, value_cache=False)
-    for batch in FACTS.rounds(2):
-        session.edit(batch)
-    now, before = measured(3), measured(0)
-    # "Berlin" is fact d's subject, and an edited one from round 2 on; "The tower" is not fact f's "Tower"
-    named = {"Berlin plays the"}
-    assert measurements.neighbors(session, 0).empty
-    assert measurements.neighbors(session, 1).edited.tolist() == [False]
-    found = measurements.neighbors(session, 3).set_index("edited")
-    for edited, prompts in ((True, named), (False, set(now) - named)):
-        row = found.loc[edited]
-        assert row.prompts == len(prompts)
-        for table, end in ((now, ""), (before, "_before")):
-            assert row[f"success{end}"] == pytest.approx(100 * np.mean([table[p][0] for p in prompts]))
-            assert row[f"accuracy{end}"] == pytest.approx(100 * np.mean([table[p][1] for p in prompts]))
-    session.rewind(to=0)
-
-
-def test_subjects_of_another_relation_do_not_count(small: EditableModel) -> None:
-    facts = [replace(f, relation="plays" if f.id == "d" else "other") for f in FACTS]
-    session = EditSession(small, methods.memit(preset=None, **SETTINGS), progress=False, value_cache=False)
-    session.edit(FactList(facts))
-    assert measurements.neighbors(session, 1).edited.tolist() == [False]
-    session.rewind(to=0)
-
-
-def test_effects_equal_a_naive_walk_through_the_rounds(small: EditableModel) -> None:
-    method = methods.nse(preset=None, **SETTINGS | {"layers": (1, 2)}, neuron_threshold=0.7)
-    session = EditSession(small, method, contexts=sample_contexts(small), progress=False, value_cache=False)
-    weights = []
-    for batch in FACTS.rounds(2):
-        weights.append({layer: small.weight(layer).detach().double().clone() for layer in (1, 2)})
-        session.edit(batch)
-    weights.append({layer: small.weight(layer).detach().double().clone() for layer in (1, 2)})
-    found = measurements.effects(session, 3).set_index("fact")
-    assert found.index.tolist() == ["a", "b", "c", "d"]
-    for s, fact in ((1, "a"), (1, "b"), (2, "c"), (2, "d")):
-        disturbed, along, reuse = [], [], []
-        for layer in (1, 2):
-            done = session.rounds[s - 1]
-            key = done.final_keys[layer].values[done.facts.ids.index(fact)].double()
-            own, later = ((weights[b][layer] - weights[a][layer]) @ key for a, b in ((s - 1, s), (s, 3)))
-            disturbed.append(float(later.norm() / own.norm()))
-            along.append(float(later @ own / own.norm() ** 2))
-            written = sum((weights[t][layer] != weights[t - 1][layer]).any(0).double() for t in range(s + 1, 4))
-            reuse.append(float((key**2 * written).sum() / (key**2).sum()))
-        for name, expected in (("disturbed", disturbed), ("along", along), ("reuse", reuse)):
-            assert found.loc[fact, name] == pytest.approx(np.mean(expected), rel=1e-3), name
-    session.rewind(to=0)
-
-
-def test_answers_are_the_models_own(small: EditableModel, stored: Path) -> None:
-    table = load_run("sequence", stored)["sequence"].also["answers"]
-    asked = table[(table.method == "nse") & (table.seed == 0)]
-    assert asked["round"].unique().tolist() == [0, 1, 2, 3]
-    row = asked[asked["round"] == 0].iloc[0]
-    ids = list(small.encode(row.prompt).ids)
-    for _ in range(6):
-        ids.append(int(small.hf(torch.tensor([ids])).logits[0, -1].argmax()))
-    text = small.tokenizer.decode(ids, skip_special_tokens=True)
-    assert " ".join(text.removeprefix(row.prompt).split()) == row.answer
+def test_a_figure_without_its_methods_says_so(small: EditableModel, tmp_path: Path) -> None:
+    options = {"size": RunSize(4, 2, tests=1), "preset": None, "settings": SETTINGS, "progress": False}
+    make_run("sequence", small, FACTS, tmp_path, only="memit_seq", **options)
+    assert list(load_run("sequence", tmp_path)["sequence"].methods) == ["memit_seq"]
+    for name in ("told", "shift"):
+        with pytest.raises(SettingError, match=f"{name}: it shows nse, memit.*has none of them"):
+            draw_figure(name, tmp_path)
 
 
 def test_forgotten_facts_and_disturbance_are_of_the_same_facts(stored: Path) -> None:
@@ -354,7 +251,7 @@ def test_without_texts_the_results_quote_no_fact(small: EditableModel, stored: P
     assert quotes(stored / "sequence")
     assert not quotes(tmp_path)
     with_texts = load_run("sequence", stored)["sequence"]
-    assert with_texts.also.keys() - made.also.keys() == {"answers", "shift"}
+    assert with_texts.also.keys() - made.also.keys() == {"answers", "shift", "written"}  # the last was not asked for
     own = with_texts.scores[with_texts.scores.method == "memit"].reset_index(drop=True)
     pd.testing.assert_frame_equal(own, made.scores, check_exact=False, rtol=0, atol=2e-4)
     for name in ("told", "shift"):
@@ -373,8 +270,11 @@ def test_bad_requests_are_refused_in_one_line(small: EditableModel, stored: Path
         make_run("sequnce", small, FACTS, tmp_path)
     with pytest.raises(SettingError, match="edits 1000 facts; there are 6"):
         make_run("sequence", small, FACTS, tmp_path)
-    with pytest.raises(SettingError, match="none of the run's methods"):
-        make_run("anatomy", small, FACTS, tmp_path, size=RunSize(2, 2), preset=None, settings=SETTINGS, only=["x"])
+    options = {"size": RunSize(2, 2), "preset": None, "settings": SETTINGS}
+    with pytest.raises(SettingError, match=r"\['memt'\]: none of the run's methods. Did you mean 'memit'"):
+        make_run("sequence", small, FACTS, tmp_path, only=["nse", "memt"], **options)
+    with pytest.raises(SettingError, match="in the run 'sequence', not in 'anatomy'"):
+        make_run("anatomy", small, FACTS, tmp_path, written=True, **options)
     assert not any(tmp_path.iterdir())
     for words, said in (
         (["draw", "told", "--out", str(tmp_path)], "Run it first"),

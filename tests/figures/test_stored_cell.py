@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from nse_tools.editing import EditSession, Method
+from nse_tools.evaluation import Comparison
 from nse_tools.evaluation.comparison_store import ComparisonFolder
 from nse_tools.evaluation.forgetting import round_scores
 from nse_tools.facts import FactList, world_by_knowledge
-from nse_tools.figures.runs import load_run, make_run, variant_name
+from nse_tools.figures.runs import RUNS, load_run, make_run, variant_name
 from nse_tools.models import EditableModel
 from nse_tools.tracing import second_moments
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.corpus import Corpus
 
-STORED = Path(__file__).parents[2] / "docs" / "results" / "paper"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+STORED = RESULTS / "paper"
 KEY = ["round", "edited_in_round", "fact"]
 
 
@@ -33,6 +37,18 @@ def compare_scores(found: pd.DataFrame, stored: pd.DataFrame, measures: list[str
     assert differing.sum() <= 4, found[said][differing.any(axis=1)]
     magnitudes = [name for name in measures if name.endswith("_magnitude")]
     np.testing.assert_allclose(found[magnitudes], stored[magnitudes], atol=0.5)
+
+
+def made_again(name: str, results: Path, model: EditableModel, folder: Path, **options: Any) -> dict[str, Comparison]:
+    """Make a run's cells anew from its stored contexts and text for C; compare the scores with the stored ones."""
+    shutil.copytree(results / name, folder / name, ignore=shutil.ignore_patterns("cells"))
+    again = make_run(name, model, world_by_knowledge(), folder, progress=False, **options)
+    for part, made in again.items():
+        assert list((folder / name / part / "cells").iterdir())
+        own, stored = (found.scores.sort_values(KEY).reset_index(drop=True) for found in (made, load_run(name, results)[part]))
+        pd.testing.assert_frame_equal(own[KEY], stored[KEY])
+        compare_scores(own, stored, made.measures)
+    return again
 
 
 def test_the_first_round_of_a_stored_cell_made_again_gives_the_same_numbers(smollm: EditableModel) -> None:
@@ -59,17 +75,21 @@ def test_the_first_round_of_a_stored_cell_made_again_gives_the_same_numbers(smol
     compare_scores(found, stored.loc[found.index], there.measures)
 
 
+def test_a_small_stored_cell_made_again_gives_the_same_numbers_in_every_round(smollm: EditableModel, tmp_path: Path) -> None:
+    there = load_run("ablation", RESULTS / "small")["ablation"]
+    about, (name,) = there.about, there.methods
+    size = replace(RUNS["ablation"].size, n=about["facts"]["n"], rounds_of=about["rounds_of"], tests=len(about["test_at"]))
+    again = made_again("ablation", RESULTS / "small", smollm, tmp_path, size=size, only=name)["ablation"]
+    assert again.methods == there.methods
+    assert again.rounds["round"].tolist() == there.rounds["round"].tolist() == [0, 1, 2, 3]
+    for measured, rtol in (("perplexity", 1e-3), ("norm_update", 5e-3), ("residual_before", 2e-2), ("residual_after", 5e-2)):
+        np.testing.assert_allclose(again.rounds[measured], there.rounds[measured], rtol=rtol, err_msg=measured)
+
+
 @pytest.mark.long  # minutes: one full round of twenty facts
 def test_the_stored_anatomy_made_again_gives_the_same_numbers(smollm: EditableModel, tmp_path: Path) -> None:
     there = load_run("anatomy", STORED)["anatomy"]
-    # contexts and the text for C are part of what is stored; the cell is not taken along
-    shutil.copytree(STORED / "anatomy", tmp_path / "anatomy", ignore=shutil.ignore_patterns("cells"))
-    again = make_run("anatomy", smollm, world_by_knowledge(), tmp_path, progress=False)["anatomy"]
-    assert list((tmp_path / "anatomy" / "anatomy" / "cells").iterdir())
-
-    own, stored = (made.scores.sort_values(KEY).reset_index(drop=True) for made in (again, there))
-    pd.testing.assert_frame_equal(own[KEY], stored[KEY])
-    compare_scores(own, stored, again.measures)
+    again = made_again("anatomy", STORED, smollm, tmp_path)["anatomy"]
     for name, rtol in (("residuals", 2e-2), ("updates", 2e-3)):
         mine, known = (made.also[name].select_dtypes("number").to_numpy(float, na_value=np.nan) for made in (again, there))
         np.testing.assert_allclose(mine, known, rtol=rtol, atol=1e-6, err_msg=name)
