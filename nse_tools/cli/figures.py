@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,7 +57,9 @@ def run(
     references: Annotated[
         Path | None, typer.Option(help="Reference texts (ROME's attribute_snippets.json): also consistency of what is written.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="A text file for C; by default each seed's is sampled from the model.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text file for C, all of it; by default each seed's is sampled from the model.")
+    ] = None,
     texts: Annotated[bool, typer.Option(help="Keep tables that quote facts; without, facts are named by their ids only.")] = True,
     preset: Preset = "smollm2-135m",
     change: Settings = None,
@@ -74,19 +77,20 @@ def run(
         asked: dict[str, Any] = {"n": n, "rounds_of": rounds_of, "tests": tests, "contexts": contexts}
         asked |= {"seeds": None if seeds is None else tuple(numbers_of("--seeds", seeds))}
         size = replace(usual, **{name: value for name, value in asked.items() if value is not None})
+        given, snippets = stream_of(facts or chosen.facts), None if references is None else load_reference_texts(references)
         loaded = load_model(model)
         made = make_run(
             chosen.name,
             loaded,
-            stream_of(facts or chosen.facts),
+            given,
             out,
             size=size,
             preset=None if preset == "none" else preset,
             settings=settings_of(change or []),
             only=only,
             written=written,
-            references=None if references is None else load_reference_texts(references),
-            corpus=None if text is None else load_corpus(loaded, text),
+            references=snippets,
+            corpus=None if text is None else load_corpus(loaded, text, n_tokens=sys.maxsize),
             texts=texts,
         )
     for part, result in made.items():

@@ -22,10 +22,12 @@ from nse_tools import plots
 from nse_tools.errors import NSEError, SettingError, nearest
 from nse_tools.evaluation import load_comparison
 from nse_tools.figures.long_sequence import answers_matrix, lost_of
-from nse_tools.figures.paper import draw_figure, find_figure
+from nse_tools.figures.paper import FIGURES, draw_figure, find_figure
 
 _log = logging.getLogger(__name__)
 RESULTS, IMAGES = Path("docs/results"), Path("docs/images")
+_TEXTS = {"fact": str, "prompt": str}
+"""Columns that are texts whatever they look like."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Recipe:
         missing = [name for name in self.reads if not (results / name).exists()]
         if missing:
             raise SettingError(f"{results} has no {', '.join(missing)}; results={str(results)!r} should be the folder of stored results.")
-        return self.draw(*(pd.read_csv(results / name) for name in self.reads))
+        return self.draw(*(pd.read_csv(results / name, dtype=_TEXTS) for name in self.reads))
 
     def sources(self, results: Path) -> dict[str, str]:
         """Return a hash of every file the figure is drawn from."""
@@ -119,20 +121,10 @@ def _of_sequence(name: str, *tables: str) -> tuple[str, ...]:
     return tuple(f"forgetting/{name}_{table}.csv" for table in tables)
 
 
-_OF_PAPER = (
-    "anatomy",
-    "ablation",
-    "long",
-    "orders",
-    "recipes",
-    "round_size",
-    "reuse",
-    "sensitivity",
-    "sequence_accuracy",
-    "sequence_first_round",
-    "sequence_perplexity",
-)
-"""The figures of :mod:`nse_tools.figures.paper` whose results are stored, and that a page shows."""
+_SHOWN_TOGETHER = ("sequence_score", "sequence_generalization", "sequence_specificity")
+"""Panels of ``sequence_measures``, which need no picture of their own on a page."""
+_OF_PAPER = tuple(name for name in FIGURES if name not in _SHOWN_TOGETHER)
+"""The figures of :mod:`nse_tools.figures.paper`; a page shows each."""
 RECIPES: dict[str, Recipe | FolderRecipe] = {
     "world_scores": Recipe(("world_nse.csv", "world_memit.csv"), lambda nse, memit: plots.scores({"NSE": nse, "MEMIT": memit})),
     "world_residuals": Recipe(("world_nse_residuals.csv",), plots.residuals),

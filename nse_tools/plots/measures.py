@@ -36,7 +36,7 @@ def measures_grid(table: pd.DataFrame, rows: Sequence[Sequence[str]], against: s
     fig.update_layout(template=TEMPLATE, width=1100, height=height, meta={"panels": 1, "above": 22, "tall": False}, legend=UNDER)
     fig.update_annotations(font_size=13)
     for (measure, method), own in table[table.measure.isin(shown)].groupby(["measure", "method"], sort=False):
-        row, col = divmod(shown.index(measure), columns)
+        row, col = divmod(shown.index(str(measure)), columns)
         mean = own.groupby(against).value.mean()
         number = methods.index(method)
         add_line(fig, mean.index, mean, str(method), number, row=row + 1, col=col + 1, hover=f"{_AXES[against]} %{{x}}: %{{y:.1f}}")
