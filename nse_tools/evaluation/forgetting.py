@@ -12,13 +12,17 @@ import pandas as pd
 
 from nse_tools import _late
 from nse_tools._show import table_html
+from nse_tools.errors import SettingError, nearest
 from nse_tools.evaluation.perplexity import perplexity
 from nse_tools.evaluation.prompt_states import PromptStates
-from nse_tools.evaluation.scores import MEASURES, REWRITE, FactScores, score_facts
+from nse_tools.evaluation.scores import MEASURES, REWRITE, FactScores, measure_names, score_facts
 
 if TYPE_CHECKING:
     from nse_tools.editing import EditSession
     from nse_tools.facts import Fact, FactList
+
+HOLDS_AT = 50
+"""A fact *holds* where its measure is at least this, in percent."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class ForgettingMatrix:
         rows = []
         for (fact, own), seen in zip(table.index.tolist(), table.to_numpy(), strict=True):
             asked = pd.Series(seen, index=table.columns).loc[own:]
-            held = asked >= 50
+            held = asked >= HOLDS_AT
             if held.iloc[0] and not held.iloc[-1] and asked.notna().iloc[-1]:
                 lost = held[held].index[-1] + 1
                 rows.append({"fact": fact, "edited_in_round": own, "lost_in_round": lost})
@@ -73,6 +77,8 @@ class ForgettingMatrix:
         return pd.DataFrame(rows, columns=["after_round", "edited_in_round", "value"])
 
     def __repr__(self) -> str:
+        if not self.n_rounds:
+            return f"ForgettingMatrix({self.measure}, no rounds)"
         curve = self.curve()
         return (
             f"ForgettingMatrix({self.measure}, {self.n_rounds} rounds: {curve.iloc[0]:.1f} after round 1 → "
@@ -187,19 +193,38 @@ def forgetting_matrix(session: EditSession, measure: str = "efficacy") -> Forget
     session : EditSession
         The session.
     measure : str
-        A column of :meth:`FactScores.per_fact`: ``"efficacy"``, ``"efficacy_accuracy"``, ``"generalization"``, ….
+        A column of :meth:`FactScores.per_fact`: ``"efficacy"``, ``"efficacy_accuracy"``, ``"generalization"``, …. Facts on which
+        it cannot be taken (efficacy of a fact without true target) have a missing value.
+
+    Raises
+    ------
+    SettingError
+        If there is no such measure, or it can be taken on none of the facts.
     """
+    if measure not in measure_names():
+        raise SettingError(f"measure={measure!r}: there is no such measure.{nearest(measure, measure_names())}")
     n = len(session)
     rewrite_only = measure.startswith(MEASURES[REWRITE])
-    parts = []
+    parts, taken = [], set[str]()
     for t in range(1, n + 1):
         full_known = all((t, f, tuple(MEASURES)) in session.memo for batch in session.facts_at(t) for f in batch)
         kinds = (REWRITE,) if rewrite_only and not full_known else tuple(MEASURES)
-        own = round_scores(session, t, kinds=kinds).per_fact().set_index("fact")[measure] * 100
+        table = round_scores(session, t, kinds=kinds).per_fact().set_index("fact")
+        taken |= set(map(str, table))
+        own = table[measure] * 100 if measure in table else pd.Series(np.nan, index=table.index)
         for s, batch in enumerate(session.facts_at(t), start=1):
             parts.append(pd.DataFrame({"after_round": t, "edited_in_round": s, "fact": batch.ids, "value": own.loc[batch.ids].to_numpy()}))
+    if n and measure not in taken:
+        raise SettingError(
+            f"measure={measure!r}: it was not taken, the facts' prompts and targets do not allow it.{nearest(measure, taken)}"
+        )
     columns = ["after_round", "edited_in_round", "fact", "value"]
     return matrix_of(pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns), measure)
+
+
+def usual_measure(session: EditSession) -> str:
+    """Return the measure of forgetting that a session's facts allow: efficacy; the accuracy where no fact has a true target."""
+    return "efficacy" if any(fact.target_true is not None for batch in session.facts for fact in batch) else "efficacy_accuracy"
 
 
 def matrix_of(per_fact: pd.DataFrame, measure: str) -> ForgettingMatrix:

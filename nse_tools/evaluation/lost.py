@@ -13,7 +13,7 @@ import torch
 from nse_tools import _late
 from nse_tools._show import table_html
 from nse_tools.errors import SettingError
-from nse_tools.evaluation.forgetting import ForgettingMatrix, forgetting_matrix
+from nse_tools.evaluation.forgetting import HOLDS_AT, ForgettingMatrix, forgetting_matrix
 from nse_tools.evaluation.neuron_usage import round_update
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class LostFacts:
         What was measured; a fact *holds* where its value is at least 50 %.
     facts : DataFrame
         One row a fact: ``fact``, ``text``, ``edited_in_round``, ``fate`` (``"kept"``, ``"lost"``, ``"never held"``: not even right
-        after its own round), ``lost_in_round`` (missing unless lost: the round after which it did not hold again).
+        after its own round), ``lost_in_round`` (missing unless lost: the round after which it did not hold again). Facts that were
+        corrected, or on which the measure cannot be taken, are not among them.
     effects : DataFrame
         One row a fact, later round and layer. ``cosine``: the largest cosine between the fact's key and a key of that round's facts;
         ``nearest``: whose key that is; ``push``: ‖ΔW_t k‖/‖ΔW_s k‖, what round t added at the fact's key in units of what its own
@@ -127,9 +128,9 @@ def fates(matrix: ForgettingMatrix, texts: Mapping[tuple[str, int], str]) -> pd.
     standing = set(zip(at_the_end.fact, at_the_end.edited_in_round, strict=True))  # others were corrected: they have no fate
     rows = []
     for fact, own, value in zip(first.fact, first.edited_in_round.astype(int), first.value, strict=True):
-        if (fact, own) not in standing:
+        if (fact, own) not in standing or pd.isna(value):  # nor has one that cannot be measured (efficacy without a true target)
             continue
-        fate = LOST if (fact, own) in lost.index else KEPT if value >= 50 else NEVER
+        fate = LOST if (fact, own) in lost.index else KEPT if value >= HOLDS_AT else NEVER
         rows.append((fact, texts[fact, own], own, fate, lost.get((fact, own), pd.NA)))
     table = pd.DataFrame(rows, columns=["fact", "text", "edited_in_round", "fate", "lost_in_round"])
     return table.astype({"lost_in_round": "Int64"})

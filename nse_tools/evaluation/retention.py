@@ -11,7 +11,7 @@ import pandas as pd
 from nse_tools import _late
 from nse_tools._show import table_html
 from nse_tools.errors import SettingError
-from nse_tools.evaluation.forgetting import ForgettingMatrix, forgetting_matrix
+from nse_tools.evaluation.forgetting import HOLDS_AT, ForgettingMatrix, forgetting_matrix
 
 if TYPE_CHECKING:
     from nse_tools.editing import EditSession
@@ -89,8 +89,8 @@ def retention(matrix: ForgettingMatrix) -> Retention:
     for s in range(1, end + 1):
         final = per_round.get(s, pd.Series(dtype=float))  # without what was corrected meanwhile
         fresh = table.loc[s, s].reindex(final.index)
-        held = fresh >= 50
-        kept = float((final[held] >= 50).mean() * 100) if held.any() else np.nan
+        held = fresh >= HOLDS_AT
+        kept = float((final[held] >= HOLDS_AT).mean() * 100) if held.any() else np.nan
         rows.append({"round": s, "facts": len(fresh), "fresh": fresh.mean(), "final": final.mean(), "retained": kept})
     return Retention(matrix.measure, pd.DataFrame(rows))
 

@@ -27,6 +27,8 @@ MEASURES = {
     PORTABILITY: "portability",
 }
 """Kind of prompt → the measure taken on it."""
+ASPECTS = ("success", "accuracy", "token_accuracy", "magnitude", "agreement")
+"""What is taken of each prompt; a measure is named after its kind of prompt, and after its aspect where that is not success."""
 
 
 @dataclass(frozen=True)
@@ -200,15 +202,24 @@ def _row(fact: str, kind: str, prompt: str, new: Continuation | None, true: Cont
     }
 
 
+def measure_names() -> list[str]:
+    """Return every name that a column of :meth:`FactScores.per_fact` can have."""
+    return [_name(measure, aspect) for measure in MEASURES.values() for aspect in ASPECTS]
+
+
+def _name(measure: str, aspect: str) -> str:
+    return measure if aspect == "success" else f"{measure}_{aspect}"
+
+
 def _table(prompts: pd.DataFrame) -> pd.DataFrame:
     """Mean over each group's prompts, one column a measure and kind: ``efficacy``, …, ``efficacy_accuracy``, …."""
     groups = prompts.groupby(["fact", "kind"], sort=False)
     table: dict[str, pd.Series] = {}
-    for column in ("success", "accuracy", "token_accuracy", "magnitude", "agreement"):
+    for column in ASPECTS:
         if column not in prompts:
             continue
         means = pd.DataFrame(groups[column].mean().unstack("kind"))
         for kind, measure in MEASURES.items():
             if kind in means and means[kind].notna().any():
-                table[measure if column == "success" else f"{measure}_{column}"] = means[kind]
+                table[_name(measure, column)] = means[kind]
     return pd.DataFrame(table).reindex(prompts.fact.drop_duplicates()).reset_index()

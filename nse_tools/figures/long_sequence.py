@@ -81,7 +81,7 @@ class LongSequence:
             steps=[done.values.to_frame().steps.mean() for done in session],
             perplexity=[round_perplexity(session, done.number) if with_perplexity else np.nan for done in session],
         )
-        lost = lost_facts(session, matrix=answers_matrix(answers))
+        lost = lost_facts(session, matrix=answers_matrix(answers, "efficacy_accuracy"))  # which every fact has
         facts = lost.facts[["fact", "edited_in_round", "text"]]
         settings = {"command": list(command), "notes": notes, **settings_of(session)}
         return cls(name, facts, answers, lost.by_round(), rounds, update_spectra(session).to_frame(), settings)

@@ -16,6 +16,7 @@ from nse_tools._show import table_html
 from nse_tools.editing import EditRound, EditSession
 from nse_tools.errors import StorageError
 from nse_tools.evaluation import ForgettingMatrix, forgetting_matrix, session_scores
+from nse_tools.evaluation.forgetting import usual_measure
 from nse_tools.figures.folders import make_folder
 
 _STYLE = """
@@ -159,7 +160,7 @@ def _weights(session: EditSession) -> str:
 
 
 def _measured(session: EditSession) -> dict[str, str]:
-    matrix = forgetting_matrix(session)
+    matrix = forgetting_matrix(session, usual_measure(session))
     return {
         "Scores": "<p>Percent, on all facts edited so far; round 0 is the unedited model on the first round's facts.</p>"
         + _table(session_scores(session)),

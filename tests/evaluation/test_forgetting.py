@@ -8,6 +8,7 @@ import pytest
 
 from models_small import CONTEXTS, build, moments_for
 from nse_tools.editing import EditSession, methods
+from nse_tools.errors import SettingError
 from nse_tools.evaluation import ForgettingMatrix, forgetting, forgetting_matrix, round_scores, score_facts, session_scores
 from nse_tools.facts import Fact, FactList
 from nse_tools.models.weights import changed_layers
@@ -67,6 +68,35 @@ def test_scores_forget_rounds_that_were_taken_back() -> None:
     assert "Darrieux is" in session.rounds[0].facts[0].text
 
 
+def test_a_measure_that_was_not_taken_is_named_with_the_nearest(session: EditSession) -> None:
+    with pytest.raises(SettingError, match=r"measure='specifity': there is no such measure. Did you mean 'specificity'\?"):
+        session.forgetting(measure="specifity")
+    with pytest.raises(SettingError, match=r"measure='locality': it was not taken"):
+        session.forgetting(measure="locality")
+    untrue = _session_of(Fact("a", "Eiffel Tower", "The {} is in", "Japan"), Fact("b", "São Paulo", "{} is in", "Italy"))
+    with pytest.raises(SettingError, match=r"measure='efficacy': it was not taken.*Did you mean 'efficacy_accuracy'\?"):
+        untrue.forgetting()
+    assert forgetting.usual_measure(untrue) == "efficacy_accuracy"
+    assert forgetting.usual_measure(session) == "efficacy"
+
+
+def test_rounds_whose_facts_have_no_true_target_have_a_missing_efficacy() -> None:
+    mixed = _session_of(Fact("a", "Eiffel Tower", "The {} is in", "Japan"), Fact("b", "São Paulo", "{} is in", "Italy", "Brazil"))
+    matrix = mixed.forgetting()
+    assert np.isnan(matrix.values[:, 0]).all()
+    assert np.isfinite(matrix.values[1, 1])
+    assert forgetting.usual_measure(mixed) == "efficacy"
+
+
+def _session_of(*facts: Fact) -> EditSession:
+    """Return a session of one round for each fact."""
+    model = build("llama", "bos")
+    method = methods.nse(preset=None, layers=(1,), v_num_grad_steps=2, passes=1)
+    session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, (1,)), progress=False)
+    session.edit_all(FactList(facts), rounds_of=1)
+    return session
+
+
 def made_up(rows: list[tuple[int, int, str, float]]) -> ForgettingMatrix:
     frame = pd.DataFrame(rows, columns=["after_round", "edited_in_round", "fact", "value"])
     n = frame.after_round.max()
@@ -85,6 +115,12 @@ def test_curve_and_lost_facts_by_hand() -> None:
     assert matrix.fresh().tolist() == [50, 100, 100]
     lost = matrix.forgotten()
     assert lost.to_dict("records") == [{"fact": "a", "edited_in_round": 1, "lost_in_round": 3}]
+
+
+def test_a_session_without_rounds_has_an_empty_matrix() -> None:
+    empty = _session_of().forgetting()
+    assert repr(empty) == "ForgettingMatrix(efficacy, no rounds)"
+    assert "no rounds" in empty._repr_html_()
 
 
 def test_showing_escapes_and_says_the_measure(session: EditSession) -> None:

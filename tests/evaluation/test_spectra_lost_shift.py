@@ -119,6 +119,9 @@ def test_the_matrix_is_measured_where_it_is_not_given() -> None:
     matrix = session.forgetting(measure="efficacy_accuracy")
     assert len(lost.facts) == len(FACTS) > len(facts)
     assert lost.n_lost == len(matrix.forgotten())
+    measured = lost_facts(session)  # efficacy, which facts without true target do not have
+    assert set(measured.facts.fact) == {f.id for f in facts}
+    assert set(measured.to_frame().fact) == {f.id for f in facts}
     with pytest.raises(SettingError, match="1 rounds, the session 3"):
         lost_facts(session, matrix=matrix_of(matrix.per_fact[matrix.per_fact.after_round == 1], "efficacy"))
 

@@ -109,6 +109,14 @@ def test_numbers_are_those_of_the_session(session: EditSession, page: str) -> No
     assert f"{session.rounds[1].final_residuals[0]:.4g}" in page
 
 
+def test_facts_without_a_true_target_are_reported_by_their_accuracy() -> None:
+    model = build("llama", "bos")
+    method = Method("test", LAYERS, v_num_grad_steps=2, mom2_update_weight=2.0)
+    session = EditSession(model, method, contexts=Contexts(("",)), moments=moments_for(model, LAYERS), progress=False)
+    session.edit(Fact("a", "Paris", "{} is in", "Italy"))
+    assert "ForgettingMatrix(efficacy_accuracy, 1 rounds" in session.report().html
+
+
 def test_it_is_written_where_asked(session: EditSession, tmp_path: Path) -> None:
     report = session.report(tmp_path / "deep" / "report.html", measure=False)
     assert isinstance(report, Report)
