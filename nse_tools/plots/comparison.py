@@ -59,11 +59,15 @@ def _found(table: pd.DataFrame) -> str:
 def over_seeds(curve: pd.DataFrame, with_unedited: bool = False) -> pd.DataFrame:
     """Return the table that is drawn: ``method``, ``edits``, and ``mean``, ``low`` and ``high`` over the seeds.
 
-    A point where only some seeds of a method have a value (another could not go on) is the mean of those.
+    Methods stand in the order in which they come, each with its points by their number of edits: a seed under which a method stopped
+    early may have been tested at other rounds than the rest. A point where only some seeds of a method have a value (another could not
+    go on) is the mean of those.
     """
     shown = curve if with_unedited else curve[curve["round"] > 0]
     groups = shown.groupby(["method", "edits"], sort=False).value
-    return groups.agg(mean="mean", low="min", high="max").reset_index()
+    table = groups.agg(mean="mean", low="min", high="max").reset_index()
+    place = pd.factorize(table.method)[0]
+    return table.assign(place=place).sort_values(["place", "edits"], ignore_index=True).drop(columns="place")
 
 
 def _add_line(fig: go.Figure, method: str, line: pd.DataFrame, number: int) -> None:

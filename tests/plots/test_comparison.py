@@ -39,6 +39,16 @@ def test_lines_and_bands_are_the_table() -> None:
     assert "<i>" not in fig.to_json()
 
 
+def test_a_line_goes_by_edits_where_seeds_were_tested_at_different_rounds() -> None:
+    rows = [("nse", 0, 2, 40, 90.0), ("nse", 0, 4, 80, 70.0), ("nse", 1, 3, 60, 10.0), ("ft", 0, 2, 40, 5.0)]
+    curve = pd.DataFrame(rows, columns=["method", "seed", "round", "edits", "value"])
+    table = over_seeds(curve)
+    assert table[["method", "edits"]].to_numpy().tolist() == [["nse", 40], ["nse", 60], ["nse", 80], ["ft", 40]]
+    fig = plots.comparison_curve(curve, "efficacy_accuracy")
+    assert list(fig.data[0].x) == [40, 60, 80]
+    assert fig.layout.title.text == "accuracy on rewrites at the end: nse 70.0, ft 5.0"
+
+
 def test_one_seed_has_no_band_and_the_first_round_alone_can_be_drawn() -> None:
     fig = plots.comparison_curve(made_up(seeds=(0,)), "efficacy_accuracy", facts_of=1)
     assert [list(t.y) for t in fig.data] == [[90, 80], [90, 73]]
