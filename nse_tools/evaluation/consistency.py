@@ -15,7 +15,7 @@ import pandas as pd
 
 from nse_tools._show import table_html
 from nse_tools.errors import FactError
-from nse_tools.evaluation.generation import GeneratedTexts, session_texts
+from nse_tools.evaluation.generation import GeneratedTexts, facts_written_about, session_texts
 from nse_tools.facts import Fact
 
 if TYPE_CHECKING:
@@ -163,8 +163,11 @@ def consistency(generated: GeneratedTexts, facts: Sequence[Fact], references: Re
 
 
 def session_consistency(session: EditSession, references: ReferenceTexts, round: int | None = None, **options: Any) -> Consistency:
-    """Return the consistency as of a round (the last by default; 0: unedited); ``options`` as in :func:`session_fluency`."""
-    facts = options.get("facts") or [f for batch in session.facts_at(len(session)) for f in batch]
+    """Return the consistency as of a round (the last by default; 0: unedited); ``options`` as in :func:`session_fluency`.
+
+    What is compared with are the targets as of that round, whatever a later round corrects.
+    """
+    facts = options.get("facts") or facts_written_about(session, round)
     return consistency(session_texts(session, round, **options), facts, references)
 
 

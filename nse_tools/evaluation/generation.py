@@ -107,6 +107,11 @@ def generate_texts(
     return GeneratedTexts(pd.DataFrame(table), seed, max_tokens, top_k)
 
 
+def facts_written_about(session: EditSession, round: int | None = None) -> tuple[Fact, ...]:
+    """Return all facts edited up to a round (the last by default; for round 0: all of the session), as they stand after it."""
+    return tuple(f for batch in session.facts_at(round or len(session)) for f in batch)
+
+
 def session_texts(
     session: EditSession, round: int | None = None, facts: Sequence[Fact] | None = None, *, seed: int = 0, max_tokens: int = 100
 ) -> GeneratedTexts:
@@ -124,7 +129,7 @@ def session_texts(
         As in :func:`generate_texts`.
     """
     round = len(session) if round is None else round
-    chosen = tuple(f for batch in session.facts_at(round or len(session)) for f in batch) if facts is None else tuple(facts)
+    chosen = facts_written_about(session, round) if facts is None else tuple(facts)
     key = (round, "texts", chosen, seed, max_tokens)
     if key not in session.memo:
         with session.at(round) as model:

@@ -9,9 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from kept_small import session_of
+from nse_tools import Replaced
 from nse_tools.errors import FactError
-from nse_tools.evaluation import GeneratedTexts, consistency, load_reference_texts
+from nse_tools.evaluation import GeneratedTexts, consistency, load_reference_texts, session_consistency
 from nse_tools.facts import Fact
+from stream_small import FAST, fact
 
 FACTS = [
     Fact("a", "Rome", "{} is in", "France", relation="P17", target_new_id="Q142"),
@@ -46,6 +49,17 @@ def test_where_there_are_no_reference_texts_it_says_so_and_gives_no_number() -> 
     assert found.value is None
     assert repr(found) == "Consistency(not measured: there are no reference texts for any of the 1 facts)"
     assert "not measured" in found._repr_html_()
+
+
+def test_a_round_is_compared_with_the_targets_of_its_own_time() -> None:
+    session = session_of(method=FAST)
+    prompts = {"generation": ("Number 0 of Denmark is",)}
+    session.edit(fact(0, **prompts))
+    session.edit(fact(0, 1, **prompts), replaces=[Replaced(1, "f0")])
+    references = load_reference_texts({"is": {fact(0).target_new: ["a text of the first target"]}})
+    assert len(session_consistency(session, references, round=1, max_tokens=3).facts) == 1
+    for newest in (None, 2, 0):  # of the unedited model the newest targets are asked
+        assert session_consistency(session, references, round=newest, max_tokens=3).without == ("f0",)
 
 
 def test_the_snippets_of_rome_are_found_by_the_targets_id(tmp_path: Path) -> None:
