@@ -125,7 +125,7 @@ def load_reference_texts(source: str | Path | Mapping[str, Any] | Sequence[Any])
         if isinstance(data, Mapping):
             for relation, targets in data.items():
                 for target, texts in targets.items():
-                    found[relation, target] += [_text(text) for text in texts]
+                    found[relation, target] += [_text(text) for text in _texts(texts)]
         else:
             for entry in data:
                 found[entry["relation_id"], entry["target_id"]] += [_text(sample["text"]) for sample in entry["samples"]]
@@ -175,6 +175,12 @@ def _cosine(vectorizer: TfidfVectorizer, one: str, other: str) -> float:
     # rows have length 1, or 0 where no word is known
     a, b = np.asarray(vectorizer.transform([one, other]).todense())
     return float(a @ b)
+
+
+def _texts(texts: Any) -> Any:
+    if isinstance(texts, str):  # whose letters would be taken for texts
+        raise TypeError("a text stands where a list of texts is expected")
+    return texts
 
 
 def _text(text: object) -> str:

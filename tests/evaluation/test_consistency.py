@@ -76,7 +76,7 @@ def test_the_snippets_of_rome_are_found_by_the_targets_id(tmp_path: Path) -> Non
     assert consistency(texts(("a", "wine paris")), FACTS, references).value == pytest.approx(1)
 
 
-@pytest.mark.parametrize("source", [{"P17": ["text"]}, {"P17": {"France": [3]}}, [{"relation_id": "P17"}], 3])
+@pytest.mark.parametrize("source", [{"P17": ["text"]}, {"P17": {"France": [3]}}, {"P17": {"France": "text"}}, [{"relation_id": "P17"}], 3])
 def test_texts_of_another_form_are_refused(source: object) -> None:
     with pytest.raises(FactError, match="expected relation"):
         load_reference_texts(source)
