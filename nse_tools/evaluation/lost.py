@@ -56,17 +56,18 @@ class LostFacts:
         """
         keys = ["fact", "edited_in_round", "round"]
         means = self.effects.groupby(keys, as_index=False, sort=False)[["cosine", "push", "along"]].mean()
-        best = self.effects.loc[self.effects.groupby(keys, sort=False).cosine.idxmax(), [*keys, "nearest"]]
+        best = _largest(self.effects, "cosine", keys)[[*keys, "nearest"]]
         return means.merge(best, on=keys)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a fact: its fate, and the round that lost it (of others: the later round that pushed hardest at its key).
 
-        Of that ``round``: ``cosine``, ``nearest``, ``push`` and ``along`` (:meth:`by_round`), missing for the facts of the last round.
+        Of that ``round``: ``cosine``, ``nearest``, ``push`` and ``along`` (:meth:`by_round`), missing for the facts of the last round;
+        of facts whose own round had written nothing there is no push, and only of lost ones a round.
         """
         later = self.by_round().merge(self.facts[["fact", "edited_in_round", "lost_in_round"]], on=["fact", "edited_in_round"])
-        culprit = later[later.lost_in_round.isna() | (later["round"] == later.lost_in_round)]
-        chosen = culprit.loc[culprit.groupby(["fact", "edited_in_round"], sort=False).push.idxmax()]
+        culprit = later[(later.lost_in_round.isna() & later.push.notna()) | (later["round"] == later.lost_in_round).fillna(False)]
+        chosen = _largest(culprit, "push", ["fact", "edited_in_round"])
         return self.facts.merge(chosen.drop(columns="lost_in_round"), on=["fact", "edited_in_round"], how="left")
 
     def __repr__(self) -> str:
@@ -81,6 +82,11 @@ class LostFacts:
     def plot(self, **options: Any) -> Any:
         """Draw lost beside kept facts (:func:`nse_tools.plots.lost_facts`)."""
         return _late.call("plots", "lost_facts", self, **options)
+
+
+def _largest(table: pd.DataFrame, column: str, keys: list[str]) -> pd.DataFrame:
+    """Return the row of each group where a column is largest: the first of equal ones, any where all are missing."""
+    return table.sort_values(column, ascending=False, kind="stable", na_position="last").drop_duplicates(keys)
 
 
 def lost_facts(session: EditSession, measure: str = "efficacy", matrix: ForgettingMatrix | None = None) -> LostFacts:

@@ -49,12 +49,12 @@ class NeuronMap:
     neuron_threshold: float
 
     def jaccard(self) -> pd.DataFrame:
-        """Return |A ∩ B| / |A ∪ B| of every pair of sets, a square table."""
+        """Return |A ∩ B| / |A ∪ B| of every pair of sets, a square table; 0 of two sets without neurons (rounds without a pass)."""
         sets = self.selected.double()
         both = sets @ sets.T
         sizes = sets.sum(1)
         either = sizes[:, None] + sizes[None] - both
-        return pd.DataFrame((both / either).tolist(), list(self.labels), list(self.labels))
+        return pd.DataFrame((both / either.clamp(min=1)).tolist(), list(self.labels), list(self.labels))
 
     def counts(self) -> pd.Series:
         """Return in how many sets each neuron is, those in none left out, most first."""

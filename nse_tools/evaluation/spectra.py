@@ -146,6 +146,8 @@ def update_spectra(session: EditSession) -> UpdateSpectra:
 def _singular_values(updates: Sequence[LayerUpdate], delta: Tensor) -> Tensor:
     """Return the singular values of a sum of updates by way of their factors, which are much smaller than ΔW."""
     rank = sum(u.left.shape[1] for u in updates)
+    if not rank:  # a round in which no pass was made
+        return torch.zeros(0, dtype=torch.float64)
     if rank >= min(delta.shape) or any(u.kept is not None for u in updates):
         return torch.linalg.eigvalsh(delta @ delta.mT).clamp(min=0).sqrt().flip(0)
     left = torch.cat([u.left.double() for u in updates], dim=1)

@@ -82,12 +82,12 @@ def _add_residuals(fig: go.Figure, residuals: pd.DataFrame) -> None:
 
 
 def _add_updates(fig: go.Figure, updates: pd.DataFrame) -> None:
-    for number, (name, own) in enumerate(updates.assign(name="pass " + (updates["pass"] + 1).astype(str)).groupby("name")):
+    for number, (name, own) in enumerate(updates.assign(name="pass " + (updates["pass"] + 1).astype(str)).groupby("name", sort=False)):
         fig.add_trace(
             go.Bar(
                 x=[f"layer {layer}" for layer in own.layer],
                 y=own.norm_update.tolist(),
-                marker_color=COLORS[number],
+                marker_color=COLORS[number % len(COLORS)],
                 name=str(name),
                 text=[str(name)] * len(own),
                 textposition="outside",

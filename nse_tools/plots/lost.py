@@ -29,7 +29,7 @@ def lost_facts(lost: LostFacts, title: str | None = None) -> go.Figure:
     """
     table = lost.to_frame()
     fig = panels(title or _finding(lost, table), ["when facts were lost", "what later rounds did at their keys"], width=980, height=430)
-    _add_losses(fig, table[table.fate == "lost"], int(table.edited_in_round.max()))
+    _add_losses(fig, table[table.fate == "lost"], int(table[["edited_in_round", "lost_in_round"]].max().max()))
     for fate, (color, symbol, size) in _LOOKS.items():
         own = table[(table.fate == fate) & table["round"].notna()]
         if len(own):

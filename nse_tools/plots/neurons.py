@@ -132,12 +132,12 @@ def neuron_overlap(sets: NeuronMap, title: str | None = None) -> go.Figure:
 def mean_overlap(sets: NeuronMap) -> tuple[float, float]:
     """Return the mean Jaccard overlap of all pairs of different sets, and what random sets of the same sizes would have.
 
-    For |A| = a and |B| = b out of d, the expected intersection is ab/d; the overlap is taken of it.
+    For |A| = a and |B| = b out of d, the expected intersection is ab/d; the overlap is taken of it. Two sets without neurons share none.
     """
     table, sizes, d = sets.jaccard().to_numpy(), sets.selected.sum(1).tolist(), sets.selected.shape[1]
     pairs = [(i, j) for i in range(len(sizes)) for j in range(i)]
     both = [sizes[i] * sizes[j] / d for i, j in pairs]
-    chance = [common / (sizes[i] + sizes[j] - common) for common, (i, j) in zip(both, pairs, strict=True)]
+    chance = [common / max(sizes[i] + sizes[j] - common, 1) for common, (i, j) in zip(both, pairs, strict=True)]
     return sum(table[i, j] for i, j in pairs) / len(pairs), sum(chance) / len(pairs)
 
 

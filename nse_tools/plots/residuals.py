@@ -128,14 +128,10 @@ def layer_contributions(source: EditRound | EditSession | pd.DataFrame, title: s
     """
     table = contributions(source)
     layers = sorted(table.layer.unique())
-    means = table.groupby(["pass", "layer"]).closed.describe(percentiles=[0.1, 0.9])[["mean", "10%", "90%"]].reset_index()
-    best = means.sort_values("mean").iloc[-1]
-    every = _table(source).sort_values("step").groupby(["round", "fact"]).residual
-    left = (every.last() / every.first()).mean()
-    closes = f"layer {best.layer:.0f} in pass {best['pass'] + 1:.0f} closes most, {best['mean']:.0f} %"
-    fig = figure(
-        title or f"{100 * (1 - left):.0f} % of the distance closed; {closes}", "layer updated", "closed, percent of ‖z − h‖ at the start"
-    )
+    means = table.groupby(["pass", "layer"]).closed.describe(percentiles=[0.1, 0.9]).reset_index()
+    means = means.reindex(columns=["pass", "layer", "mean", "10%", "90%"])  # which an empty table does not have
+    found = _closing(_table(source), means) if len(means) else "No pass was made: nothing was closed"
+    fig = figure(title or found, "layer updated", "closed, percent of ‖z − h‖ at the start")
     for number, (_, own) in enumerate(means.groupby("pass")):
         rows, name = own.set_index("layer").reindex(layers), f"pass {number + 1}"
         fig.add_trace(
@@ -158,6 +154,15 @@ def layer_contributions(source: EditRound | EditSession | pd.DataFrame, title: s
     fig.update_layout(barmode="group", legend={"x": 0.02, "xanchor": "left", "y": 0.98}, showlegend=means["pass"].nunique() > 1)
     fig.update_xaxes(type="category")
     return fig
+
+
+def _closing(residuals: pd.DataFrame, means: pd.DataFrame) -> str:
+    """Say how much of the distance was closed, and where most of it."""
+    best = means.sort_values("mean").iloc[-1]
+    every = residuals.sort_values("step").groupby(["round", "fact"]).residual
+    left = (every.last() / every.first()).mean()
+    closes = f"layer {best.layer:.0f} in pass {best['pass'] + 1:.0f} closes most, {best['mean']:.0f} %"
+    return f"{100 * (1 - left):.0f} % of the distance closed; {closes}"
 
 
 def contributions(source: EditRound | EditSession | pd.DataFrame) -> pd.DataFrame:

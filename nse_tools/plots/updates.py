@@ -69,7 +69,7 @@ def update_spectrum(spectra: UpdateSpectra, round: int | None = None, title: str
     fig = panels(title or found, ["singular values of ΔW", "running share of ‖ΔW‖²"], width=900, height=410)
     for number, layer in enumerate(spectra.layers):
         values = spectra.singular[at, layer]
-        values = values[values > 1e-7 * values[0]]
+        values = values[values > 1e-7 * values[:1]]  # none where the round made no update
         share = (values**2).cumsum(0) / (values**2).sum()
         for col, y in ((1, values), (2, share)):
             _add_line(fig, col, number, f"layer {layer}", list(range(1, len(values) + 1)), y.tolist(), "number %{x}: %{y:.5g}", col == 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from models_small import build
+from nse_tools import plots
 from nse_tools.editing import EditSession, methods
 from nse_tools.errors import SettingError
 from nse_tools.evaluation import hidden_shift, lost_facts, update_spectra
 from nse_tools.evaluation.forgetting import matrix_of
 from nse_tools.evaluation.neuron_usage import round_update
-from three_rounds_small import FACTS, session_of
+from three_rounds_small import FACTS, quiet_session, session_of
 
 NAMES = ["llama", "gpt2", "neox"]
 
@@ -124,6 +126,24 @@ def test_the_matrix_is_measured_where_it_is_not_given() -> None:
     assert set(measured.to_frame().fact) == {f.id for f in facts}
     with pytest.raises(SettingError, match="1 rounds, the session 3"):
         lost_facts(session, matrix=matrix_of(matrix.per_fact[matrix.per_fact.after_round == 1], "efficacy"))
+
+
+def test_a_round_that_made_no_pass_has_no_spectrum_and_pushes_nothing() -> None:
+    session = quiet_session()
+    spectra = update_spectra(session)
+    assert spectra.singular[2, 1].tolist() == []
+    quiet = spectra.to_frame().query("round == 2")
+    assert (quiet[["norm", "effective_rank", "top_share", "written", "read"]] == 0).all(axis=None)
+    for draw in (spectra.plot, partial(plots.update_spectrum, spectra, 2), partial(plots.update_directions, spectra, 2)):
+        assert len(draw().data)
+    lost = lost_facts(session, measure="efficacy_accuracy")
+    table = lost.to_frame().set_index("fact")
+    assert table.push[["c", "d"]].isna().all()  # their own round had written nothing that could be pushed
+    assert table.push[["<b>a</b>", "b"]].notna().all()
+    pushes = lost.by_round().set_index(["fact", "round"])
+    assert pushes.push["b", 2] == 0
+    assert pushes.nearest["c", 3] == "e"
+    assert len(lost.plot().data)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from nse_tools import plots
 from nse_tools.evaluation import neuron_card, neuron_map, neuron_usage
 from nse_tools.plots.neurons import mean_overlap
-from three_rounds_small import session_of
+from three_rounds_small import quiet_session, session_of
 
 
 def test_scores_are_sorted_and_cut_where_p_is_reached() -> None:
@@ -60,6 +62,15 @@ def test_overlaps_are_jaccards_on_a_fixed_scale_beside_chance() -> None:
             simulated.append(len(x & y) / len(x | y))
     assert chance == pytest.approx(np.mean(simulated), abs=0.01)
     assert f"{mean:.2f}" in plots.neuron_overlap(sets).layout.title.text
+
+
+def test_rounds_without_neurons_overlap_with_none() -> None:
+    sets = neuron_map(quiet_session(), 1)
+    assert int(sets.selected[1].sum()) == 0
+    assert sets.jaccard().loc["round 2"].tolist() == [0, 0, 0]
+    empty = replace(sets, selected=torch.zeros_like(sets.selected))
+    assert mean_overlap(empty) == (0, 0)
+    assert "share 0.00" in plots.neuron_overlap(empty).layout.title.text
 
 
 def test_usage_draws_tenths_and_every_neuron() -> None:

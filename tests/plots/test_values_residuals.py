@@ -6,13 +6,14 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from nse_tools import plots
 from nse_tools.errors import SettingError
 from nse_tools.plots.residuals import contributions
 from nse_tools.plots.values import value_table
-from three_rounds_small import session_of
+from three_rounds_small import quiet_session, session_of
 
 
 def test_the_parts_add_up_to_the_loss_and_the_clamp_is_the_methods() -> None:
@@ -104,6 +105,22 @@ def test_contributions_telescope_to_what_was_closed() -> None:
         assert list(trace["x"]) == ["1", "2"]
         assert list(trace["y"]) == pytest.approx(means[number].tolist())
     assert fig["layout"]["yaxis"]["title"]["text"] == "closed, percent of ‖z − h‖ at the start"
+
+
+def test_a_round_without_a_pass_closed_nothing() -> None:
+    fig = plots.layer_contributions(quiet_session().rounds[1])
+    assert len(fig.data) == 0
+    assert fig.layout.title.text == "No pass was made: nothing was closed"
+    assert len(plots.layer_contributions(quiet_session()).data) == 2
+
+
+def test_the_anatomy_of_a_round_of_many_passes_repeats_its_colours() -> None:
+    done = session_of().rounds[0]
+    updates = done.to_frame()
+    many = pd.concat([updates[updates["pass"] == 0].assign(**{"pass": number}) for number in range(12)], ignore_index=True)
+    fig = plots.round_anatomy(done.values.trace, done.passes[0].layers[1].selection.to_frame(), done.residuals(), many)
+    bars = [trace for trace in fig.data if trace.type == "bar"]
+    assert [bar.name for bar in bars] == [f"pass {number}" for number in range(1, 13)]
 
 
 def test_skipped_facts_are_those_of_no_pass_with_the_reason() -> None:
