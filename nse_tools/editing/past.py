@@ -52,9 +52,14 @@ class Past:
         return self.rounds.held[round - 1].digest if round else self.original
 
     def facts_at(self, round: int) -> list[FactList]:
-        """Return the facts of each round up to one, without those that a later of these rounds has corrected."""
+        """Return the facts of each round up to one, without those that a later of these rounds has corrected.
+
+        An id that a later round edits again, without saying that it replaces the earlier, is overwritten by it all the same.
+        """
         gone = {(old.round, old.fact) for held in self.rounds.held[:round] for old in held.replaces}
         batches = [r.facts for r in self.rounds[:round]]
+        newest = {fact: number for number, batch in enumerate(batches, start=1) for fact in batch.ids}
+        gone |= {(n, fact) for n, batch in enumerate(batches, start=1) for fact in batch.ids if newest[fact] != n}
         if not gone:
             return batches
         return [FactList((f for f in batch if (n, f.id) not in gone), batch.name) for n, batch in enumerate(batches, start=1)]

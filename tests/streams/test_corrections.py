@@ -124,6 +124,26 @@ def test_a_corrected_fact_is_measured_in_its_newest_round_only() -> None:
     assert new == pytest.approx(session.forgetting().per_fact.query("after_round == 2").value.mean())
 
 
+def test_an_id_that_is_edited_again_is_overwritten_though_nothing_says_it_is_replaced() -> None:
+    true = {"target_true": "Denmark"}
+    session = session_of(method=FAST)
+    session.edit([fact(0, **true), fact(1, **true)])
+    session.edit([fact(0, 1, **true), fact(2, **true)])
+    session.edit([fact(0, 2, **true)], replaces=[Replaced(2, "f0")])
+    assert [batch.ids for batch in session.facts_at(1)] == [["f0", "f1"]]
+    assert [batch.ids for batch in session.facts_at(2)] == [["f1"], ["f0", "f2"]]
+    assert [batch.ids for batch in session.facts_at(3)] == [["f1"], ["f2"], ["f0"]]
+    matrix = session.forgetting()
+    at_the_end = matrix.per_fact.query("after_round == 3")
+    assert dict(zip(at_the_end.fact, at_the_end.edited_in_round, strict=True)) == {"f1": 1, "f2": 2, "f0": 3}
+    assert session.scores()["facts"].tolist() == [2, 2, 3, 3]
+    assert session.retention().rounds["facts"].tolist() == [1, 1, 1]
+    assert set(zip(lost.fact, lost.edited_in_round, strict=True) if len(lost := matrix.forgotten()) else []) <= {("f1", 1), ("f2", 2)}
+    session.undo()
+    assert [batch.ids for batch in session.facts_at(2)] == [["f1"], ["f0", "f2"]]
+    assert session.history.n_keys(2) == 4  # only what is said to be replaced leaves the old keys
+
+
 def test_ids_that_come_twice_for_different_facts_are_told_apart() -> None:
     twins = [Fact("a", "Rome", "{} is the city of", "Berlin"), Fact("a", "Paris", "{} is the city of", "Berlin")]
     stream = stream_of([*twins, Fact("a", "Denmark", "{} is the city of", "Berlin")], rounds_of=2)
