@@ -170,7 +170,7 @@ def session_drift(session: EditSession, round: int | None = None, texts: Sequenc
         key = (t, "drift", chosen)
         if key not in session.memo:
             with session.at(t) as model:
-                session.memo[key] = next_token_drift(model, session.memo[unedited]), weight_growth(model, session.method.layers)
+                session.memo[key] = next_token_drift(model, session.memo[unedited]), weight_growth(model, session.method.edited_layers)
         parts.append([table.assign(round=t) for table in session.memo[key]])
     moved, grown = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
     return Drift(moved, grown)

@@ -68,6 +68,14 @@ def test_growth_by_hand(name: str) -> None:
         weight_growth(model, [1])
 
 
+def test_the_layers_between_first_and_last_do_not_thin_out_the_drift_where_they_are_left_alone() -> None:
+    model = build("llama", "bos")
+    method = methods.nse(preset=None, layers=(0, 1, 2), spread="ends", v_num_grad_steps=2, mom2_update_weight=0.1)
+    session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, (0, 1, 2)), progress=False)
+    session.edit(FACTS[:1])
+    assert sorted(session.drift(texts=TEXTS).weights.layer.unique()) == [0, 2]
+
+
 def test_drift_of_a_session() -> None:
     model = build("llama", "bos")
     method = methods.nse(preset=None, layers=(1, 2), v_num_grad_steps=8, mom2_update_weight=0.1)
