@@ -111,7 +111,7 @@ def probe_prompt(
     prompt : str or Fact
         A prompt, or a fact, whose new and true target are then followed.
     k : int
-        How many of each round's likeliest tokens are shown.
+        How many of each round's likeliest tokens are shown; with 0 the likeliest alone, which :meth:`PromptProbe.says` tells.
     watch : sequence of str
         Continuations whose first token is followed through all rounds.
     rounds : sequence of int, optional
@@ -132,7 +132,7 @@ def probe_prompt(
         )
     followed = tuple(dict.fromkeys(continued(model, prompt, text).target_ids[0] for text in watch))
     p = torch.stack([_next_token(session, prompt, t) for t in chosen])
-    likeliest = p.topk(k).indices.flatten().tolist() if k > 0 else []
+    likeliest = p.topk(max(k, 1)).indices.flatten().tolist()
     ids = tuple(dict.fromkeys((*followed, *likeliest)))
     shown = p[:, list(ids)]
     return PromptProbe(

@@ -49,6 +49,16 @@ def test_a_fact_is_followed_by_both_its_targets_and_answers_are_remembered(monke
     assert torch.equal(again.probabilities, probe.probabilities)
 
 
+def test_what_the_model_says_is_its_likeliest_token_though_only_others_are_watched() -> None:
+    watched = probe_prompt(session_of(), "The capital of Italy is", k=0, watch=["Rome"])
+    asked = probe_prompt(session_of(), "The capital of Italy is", k=1)
+    assert len(watched.watched) == 1
+    assert watched.tokens[0] == watched.watched[0]
+    for t in watched.rounds:
+        assert watched.says(t) == asked.says(t)
+        assert watched.ranks[t].min() == 1
+
+
 def test_what_was_not_asked_is_refused() -> None:
     session = session_of()
     with pytest.raises(SettingError, match="rounds 0"):
