@@ -55,7 +55,7 @@ def export(
     NSEError
         If there is no browser, or it fails.
     """
-    sized = fig if width is None and height is None else at_width(fig, width or fig.layout.width or 720, height)
+    sized = fig if width is None and height is None else at_width(fig, fig.layout.width or 720 if width is None else width, height)
     return export_all({path: sized}, scale=scale)[0]
 
 

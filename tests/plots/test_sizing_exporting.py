@@ -154,3 +154,6 @@ def test_other_formats_and_scales_are_refused(fig: go.Figure, tmp_path: Path) ->
             nse.export(fig, tmp_path / name)
     with pytest.raises(SettingError, match="scale=0"):
         nse.export(fig, tmp_path / "fig.png", scale=0)
+    for length in (0, -3, "0cm"):
+        with pytest.raises(SettingError, match="is no length"):
+            nse.export(fig, tmp_path / "fig.html", width=length)
