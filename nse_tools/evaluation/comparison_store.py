@@ -273,7 +273,7 @@ def read_tables(place: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
         about: dict[str, Any] = json.loads((place / ABOUT).read_text(encoding="utf-8"))
         if changed := [name for name, digest in about["files"].items() if digest_of_bytes((place / name).read_bytes()) != digest]:
             raise ValueError(f"{', '.join(changed)} changed since it was written")
-        return about, {Path(name).stem: _table(place / name) for name in about["files"]}
+        return about, {Path(name).stem: read_table(place / name) for name in about["files"]}
     except (OSError, ValueError, KeyError, TypeError) as wrong:
         raise _damaged(place, wrong) from wrong
 
@@ -290,9 +290,10 @@ def _damaged(place: Path, wrong: Exception) -> SettingError:
     return SettingError(f"The cell in {place} is damaged ({wrong}). Delete that folder; a rerun makes it again.")
 
 
-def _table(file: Path) -> pd.DataFrame:
-    # ids like "NA" and "007" stay what they are, and numbers come back bit for bit
-    return pd.read_csv(file, dtype={"fact": str}, keep_default_na=False, na_values=[""], float_precision="round_trip", encoding="utf-8")
+def read_table(file: Path, texts: Sequence[str] = ("fact",)) -> pd.DataFrame:
+    """Read a table: ids like "NA" and "007" stay what they are, in all columns that hold texts, and numbers come back bit for bit."""
+    kinds = dict.fromkeys(texts, str)
+    return pd.read_csv(file, dtype=kinds, keep_default_na=False, na_values=[""], float_precision="round_trip", encoding="utf-8")
 
 
 def _differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> str:

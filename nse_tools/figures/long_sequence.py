@@ -15,13 +15,20 @@ from nse_tools._show import table_html
 from nse_tools.editing import EditSession
 from nse_tools.errors import SettingError, StorageError, nearest
 from nse_tools.evaluation import ForgettingMatrix, LostFacts, lost_facts, update_spectra
+from nse_tools.evaluation.comparison_store import read_table
 from nse_tools.evaluation.forgetting import matrix_of, round_perplexity, round_scores
 from nse_tools.evaluation.lost import fates
 from nse_tools.evaluation.scores import REWRITE
+from nse_tools.figures.folders import make_folder
 from nse_tools.figures.provenance import settings_of
+from nse_tools.models.storage import digest_of_bytes, write_durably
 
 MEASURES = {"efficacy": "success", "efficacy_accuracy": "accuracy"}
 _TABLES = ("facts", "answers", "effects", "rounds", "weights")
+_TEXTS = ("fact", "text", "argmax", "nearest")
+"""Columns of the tables that hold texts, whatever they look like."""
+_DIGESTS = "files"
+"""Under this the settings' file tells the digests of the tables; older ones do not have it."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +142,25 @@ class LongSequence:
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``<name>_facts.csv``, ``_answers.csv``, ``_effects.csv``, ``_rounds.csv``, ``_weights.csv`` and ``<name>.json``.
 
-        Numbers are rounded to five digits; returned are the files.
+        Numbers are rounded to five digits; returned are the files. Each is there entirely or not at all; the last, the settings, holds
+        the digests of the others, so that a sequence that was written over another one and not finished is told from both.
+
+        Raises
+        ------
+        StorageError
+            If they cannot be written.
         """
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        files = [place / f"{self.name}_{table}.csv" for table in _TABLES]
-        for file, table in zip(files, _TABLES, strict=True):
-            getattr(self, table).to_csv(file, index=False, float_format="%.5g", lineterminator="\n")
-        about = place / f"{self.name}.json"
-        about.write_text(json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        return [*files, about]
+        place = make_folder(folder)
+        files = {place / f"{self.name}_{table}.csv": _csv(getattr(self, table)) for table in _TABLES}
+        digests = {file.name: digest_of_bytes(data) for file, data in files.items()}
+        about = json.dumps({**self.settings, _DIGESTS: digests}, ensure_ascii=False, indent=1) + "\n"
+        files[place / f"{self.name}.json"] = about.encode()
+        try:
+            for file, data in files.items():
+                write_durably(file, data)
+        except OSError as wrong:
+            raise StorageError(f"The sequence {self.name!r} cannot be written: {wrong}. Make room, or give another folder.") from wrong
+        return list(files)
 
     @classmethod
     def load(cls, folder: str | Path, name: str) -> LongSequence:
@@ -153,15 +169,24 @@ class LongSequence:
         Raises
         ------
         StorageError
-            If a file is missing.
+            If a file is missing, cannot be read, or is not what was written together with the others.
         """
         place = Path(folder)
         files = {table: place / f"{name}_{table}.csv" for table in _TABLES} | {"settings": place / f"{name}.json"}
         if missing := [file.name for file in files.values() if not file.exists()]:
             raise StorageError(f"{place} does not hold the sequence {name!r}: {', '.join(missing)} missing.")
-        tables = {table: pd.read_csv(files[table], keep_default_na=False, na_values=[""]) for table in _TABLES}
+        try:
+            settings = json.loads(files["settings"].read_text(encoding="utf-8"))
+            digests = settings.pop(_DIGESTS, {})
+            if changed := [file for file, digest in digests.items() if digest_of_bytes((place / file).read_bytes()) != digest]:
+                raise ValueError(f"{', '.join(changed)} changed since it was written, or the writing was broken off")
+            tables = {table: read_table(files[table], _TEXTS) for table in _TABLES}
+        except (OSError, ValueError, AttributeError) as wrong:
+            raise StorageError(
+                f"The sequence {name!r} in {place} is damaged ({wrong}). Save it again, or take a copy of all its files."
+            ) from wrong
         tables["answers"] = tables["answers"].fillna({"argmax": ""})
-        return cls(name, **tables, settings=json.loads(files["settings"].read_text(encoding="utf-8")))
+        return cls(name, **tables, settings=settings)
 
     def __repr__(self) -> str:
         last = self.to_frame().iloc[-1]
@@ -172,6 +197,10 @@ class LongSequence:
 
     def _repr_html_(self) -> str:
         return table_html(self.to_frame(), head=self)
+
+
+def _csv(table: pd.DataFrame) -> bytes:
+    return table.to_csv(index=False, float_format="%.5g", lineterminator="\n").encode()
 
 
 def _answers(session: EditSession, round: int) -> pd.DataFrame:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,44 @@ def test_one_fact_through_the_rounds(sequence: LongSequence) -> None:
     assert own.push.iloc[2] == pytest.approx(did.push["b", 3], rel=1e-4)
     with pytest.raises(SettingError, match="was not edited"):
         sequence.fact("f")
+
+
+def test_ids_and_texts_that_look_like_numbers_stay_what_they_are(sequence: LongSequence, tmp_path: Path) -> None:
+    ids = dict(zip(sequence.facts.fact, ("7", "012", "NA", "1e3", "5"), strict=True))
+    renamed = {name: getattr(sequence, name).replace({"fact": ids, "nearest": ids}) for name in ("facts", "answers", "effects")}
+    renamed["answers"]["argmax"] = "12"
+    replace(sequence, name="numbers", **renamed).save(tmp_path)
+    loaded = LongSequence.load(tmp_path, "numbers")
+    assert loaded.facts.fact.tolist() == list(ids.values())
+    assert loaded.lost().facts.fact.tolist() == [ids[f] for f in sequence.lost().facts.fact]
+    assert loaded.fact("012").push.tolist() == pytest.approx(sequence.fact("b").push.tolist(), nan_ok=True)
+    assert set(loaded.fact("7")["argmax"]) == {"12"}
+    assert loaded.lost().by_round().nearest.isin(ids.values()).all()
+    with pytest.raises(SettingError, match="was not edited"):
+        loaded.fact("12")
+
+
+def test_a_changed_table_or_a_broken_off_writing_is_refused(sequence: LongSequence, tmp_path: Path) -> None:
+    files = sequence.save(tmp_path)
+    assert files[-1].name == "small.json"
+    assert "files" not in LongSequence.load(tmp_path, "small").settings
+    assert not [file for file in tmp_path.iterdir() if file not in files]
+    effects = tmp_path / "small_effects.csv"
+    effects.write_text(effects.read_text().replace("1", "2", 1))
+    with pytest.raises(StorageError, match=r"'small'.* is damaged \(small_effects.csv changed since it was written"):
+        LongSequence.load(tmp_path, "small")
+    files[-1].write_text("{")
+    with pytest.raises(StorageError, match="is damaged"):
+        LongSequence.load(tmp_path, "small")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be made"):
+        sequence.save(tmp_path / "file")
+
+
+def test_settings_without_digests_are_those_of_older_sequences(sequence: LongSequence, tmp_path: Path) -> None:
+    about = sequence.save(tmp_path)[-1]
+    about.write_text(json.dumps(sequence.settings))
+    assert LongSequence.load(tmp_path, "small").settings == sequence.settings
 
 
 def test_what_was_not_kept_or_is_not_there_is_refused(sequence: LongSequence, saved: Path) -> None:
