@@ -14,7 +14,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from nse_tools.cli import figures, planning, sharing, streaming
-from nse_tools.cli.shell import Facts, Model, Preset, Settings, console, errors_in_one_line, numbers_of, settings_of, stream_of
+from nse_tools.cli.shell import (
+    Facts,
+    Model,
+    Number,
+    Preset,
+    RoundsOf,
+    Settings,
+    Skip,
+    console,
+    errors_in_one_line,
+    numbers_of,
+    settings_of,
+    some_of,
+)
 from nse_tools.errors import NSEError
 
 if TYPE_CHECKING:
@@ -79,24 +92,26 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("runs/demo"),
     model: Model = "smollm2-135m",
     facts: Facts = "world",
-    n: Annotated[int, typer.Option(help="How many facts.")] = 100,
-    rounds_of: Annotated[int, typer.Option(help="Facts in a round.")] = 20,
+    n: Number = None,
+    rounds_of: RoundsOf = 20,
     method: Annotated[str, typer.Option(help="'nse', 'memit' or 'memit_seq'.")] = "nse",
     seed: Annotated[int, typer.Option(help="Seed of contexts and key statistics.")] = 0,
-    skip: Annotated[int, typer.Option(help="Leave out the first facts.")] = 0,
+    skip: Skip = 0,
 ) -> None:
     """Edit a model round after round; show and draw what was learned, kept and forgotten."""
     from nse_tools.editing import methods
     from nse_tools.figures import run_stream, save_stream
+    from nse_tools.figures.folders import make_folder
     from nse_tools.models import load_model
 
     makers = {"nse": methods.nse, "memit": methods.memit, "memit_seq": methods.memit_seq}
     with errors_in_one_line():
         if method not in makers:
             raise NSEError(f"--method {method}: expected one of {', '.join(makers)}.")
-        chosen = stream_of(facts)
+        chosen = some_of(facts, n, skip)
+        make_folder(out)  # before hours of work, not after
         wrapped = load_model(model)
-        result = run_stream(wrapped, chosen[skip : skip + n], makers[method](), rounds_of=rounds_of, seed=seed)
+        result = run_stream(wrapped, chosen, makers[method](), rounds_of=rounds_of, seed=seed)
         files = save_stream(result, out)
     console.print(score_table(result.scores, f"{method} on {wrapped.name}"))
     console.print(f"[bold]{result.forgetting!r}[/bold]")
@@ -109,15 +124,15 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder; a run that was killed goes on there.")] = Path("runs/compare"),
     model: Model = "smollm2-135m",
     facts: Facts = "world",
-    n: Annotated[int, typer.Option(help="How many facts.")] = 100,
-    rounds_of: Annotated[int, typer.Option(help="Facts in a round.")] = 20,
+    n: Number = None,
+    rounds_of: RoundsOf = 20,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     test_at: Annotated[str, typer.Option(help="Test after every k-th round (a number), or after these (with commas).")] = "1",
     facts_of: Annotated[
         str | None, typer.Option(help="Ask the facts of these rounds (with commas) and of the newest only; of all by default.")
     ] = None,
     shuffle: Annotated[bool, typer.Option(help="Shuffle the facts with each seed.")] = False,
-    skip: Annotated[int, typer.Option(help="Leave out the first facts.")] = 0,
+    skip: Skip = 0,
     contexts: Annotated[int, typer.Option(help="How many contexts besides the bare prompt; fewer take less time.", min=0, max=5)] = 5,
     preset: Preset = "smollm2-135m",
     change: Settings = None,
@@ -132,11 +147,11 @@ def compare(
     with errors_in_one_line():
         settings = {"preset": None if preset == "none" else preset, **settings_of(change or [])}
         chosen = [known_methods.get(name.strip(), **settings) for name in methods.split(",")]
-        stream = stream_of(facts)
+        stream = some_of(facts, n, skip)
         tested, numbers = numbers_of("--test-at", test_at), numbers_of("--seeds", seeds)
         result = compare(
             load_model(model),
-            stream[skip : skip + n],
+            stream,
             chosen,
             rounds_of=rounds_of,
             seeds=numbers,
@@ -162,9 +177,11 @@ def known(
     """Ask a model which facts it knows by itself (the table shipped for 'world' is made by this command)."""
     from nse_tools.evaluation import knowledge
     from nse_tools.facts import load_facts
+    from nse_tools.figures.folders import make_folder
     from nse_tools.models import load_model
 
     with errors_in_one_line():
+        make_folder(out.parent)
         table = knowledge(load_model(model), load_facts(facts), progress=True).sort_values("id")
         table.to_csv(out, index=False, lineterminator="\n")
     console.print(f"{int(table.known.sum())} of {len(table)} facts are known; written to {out}")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nse_tools.errors import NSEError
+from nse_tools.errors import FactError, NSEError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,19 +27,22 @@ FACTS_HELP = (
     "'world-all' (all of them, then further facts that 'world' does not have), or a JSON file of CounterFact, zsRE or our own schema."
 )
 Facts = Annotated[str, typer.Option(help=FACTS_HELP)]
+Number = Annotated[int | None, typer.Option("--n", help="How many facts; by default 100, or all where there are fewer.", min=1)]
+RoundsOf = Annotated[int, typer.Option(help="Facts in a round.", min=1)]
+Skip = Annotated[int, typer.Option(help="Leave out the first facts.", min=0)]
 Preset = Annotated[str, typer.Option(help="Preset of all methods, or 'none' (then --set layers=…).")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting of all methods: name=value, value as in JSON.")]
 
 
 class errors_in_one_line:  # noqa: N801  (used like a function)
-    """Turn errors of the library into one readable line and exit code 2."""
+    """Turn errors of the library, and files that cannot be read or written, into one readable line and exit code 2."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, NSEError):
-            Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: ", error, markup=True)
+        if isinstance(error, NSEError) or (isinstance(error, OSError) and error.filename is not None):
+            Console(stderr=True).print(f"[red]{type(error).__name__}[/red]:", error, markup=True)
             raise typer.Exit(2)
 
 
@@ -48,6 +51,21 @@ def stream_of(facts: str) -> FactList:
     from nse_tools.facts import load_facts, world_by_knowledge
 
     return world_by_knowledge() if facts == "world" else load_facts(facts)
+
+
+def some_of(facts: str, n: int | None, skip: int) -> FactList:
+    """Return the facts that ``--facts``, ``--n`` and ``--skip`` ask for; without ``--n`` 100, or all where there are fewer.
+
+    Raises
+    ------
+    FactError
+        If there are not as many.
+    """
+    stream = stream_of(facts)
+    left = len(stream) - skip
+    if left < (n or 1):
+        raise FactError(f"--facts {facts}: there are {len(stream)}, too few for --n {n or 1} after --skip {skip}. Ask for fewer.")
+    return stream[skip : skip + (n or min(left, 100))]
 
 
 def settings_of(changes: list[str]) -> dict[str, Any]:

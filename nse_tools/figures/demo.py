@@ -14,6 +14,7 @@ from nse_tools._show import table_html
 from nse_tools.editing import EditSession, Method, methods
 from nse_tools.errors import FactError
 from nse_tools.evaluation import ForgettingMatrix, forgetting_matrix, session_scores
+from nse_tools.evaluation.forgetting import usual_measure
 from nse_tools.facts import FactList
 from nse_tools.figures.folders import make_folder
 from nse_tools.figures.provenance import settings_of
@@ -33,7 +34,7 @@ class StreamResult:
     scores : DataFrame
         One row a round, from 0 (unedited): measures in percent, perplexity.
     forgetting : ForgettingMatrix
-        Efficacy of every round's facts after every later round.
+        Efficacy of every round's facts after every later round; its accuracy where no fact has a true target.
     """
 
     session: EditSession = field(repr=False)
@@ -73,16 +74,16 @@ def run_stream(
         raise FactError("There are no facts to edit.")
     session = EditSession(model, method or methods.nse(), seed=seed, progress=progress)
     session.edit_all(facts, rounds_of)
-    return StreamResult(session, session_scores(session), forgetting_matrix(session))
+    return StreamResult(session, session_scores(session), forgetting_matrix(session, usual_measure(session)))
 
 
-def save_stream(result: StreamResult, folder: Path) -> list[Path]:
+def save_stream(result: StreamResult, folder: str | Path) -> list[Path]:
     """Write a stream's results as tidy files and its three figures as self-contained HTML; return the files.
 
     Files: ``scores.csv``, ``forgetting.csv``, ``facts.csv`` (per fact and round), ``residuals.csv``, ``rounds.csv``,
     ``settings.json``; ``forgetting_matrix.html``, ``forgetting_curve.html``, ``residuals.html``.
     """
-    make_folder(folder)
+    place = make_folder(folder)
     session = result.session
     tables = {
         "scores": result.scores,
@@ -93,15 +94,15 @@ def save_stream(result: StreamResult, folder: Path) -> list[Path]:
     }
     written = []
     for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False)
-        written.append(folder / f"{name}.csv")
-    (folder / "settings.json").write_text(json.dumps(settings_of(session), indent=1), encoding="utf-8")
+        table.to_csv(place / f"{name}.csv", index=False)
+        written.append(place / f"{name}.csv")
+    (place / "settings.json").write_text(json.dumps(settings_of(session), indent=1), encoding="utf-8")
     drawings = {
         "forgetting_matrix": plots.forgetting_matrix(result.forgetting),
         "forgetting_curve": plots.forgetting_curve(result.forgetting),
         "residuals": plots.residuals(tables["residuals"]),
     }
     for name, fig in drawings.items():
-        fig.write_html(folder / f"{name}.html", include_plotlyjs=True)
-        written.append(folder / f"{name}.html")
-    return [*written, folder / "settings.json"]
+        fig.write_html(place / f"{name}.html", include_plotlyjs=True)
+        written.append(place / f"{name}.html")
+    return [*written, place / "settings.json"]
