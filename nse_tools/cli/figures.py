@@ -28,7 +28,7 @@ def list_() -> None:
 
     figures = Table("figure", "shows", "run", box=box.SIMPLE_HEAD)
     for figure in FIGURES.values():
-        figures.add_row(figure.name, escape(figure.shows), figure.run)
+        figures.add_row(figure.name, escape(figure.shows), figure.run or "–")
     runs = Table("run", "asks", "facts", "of", "in rounds of", "seeds", box=box.SIMPLE_HEAD)
     for run in RUNS.values():
         runs.add_row(run.name, escape(run.asks), str(run.size.n), run.facts, str(run.size.rounds_of), str(len(run.size.seeds)))
@@ -72,7 +72,7 @@ def run(
     from nse_tools.tracing import load_corpus
 
     with errors_in_one_line():
-        chosen = find_run(FIGURES[name].run if name in FIGURES else name)
+        chosen = find_run((FIGURES[name].run or name) if name in FIGURES else name)
         usual = chosen.paper if as_in_paper else chosen.size
         asked: dict[str, Any] = {"n": n, "rounds_of": rounds_of, "tests": tests, "contexts": contexts}
         asked |= {"seeds": None if seeds is None else tuple(numbers_of("--seeds", seeds))}

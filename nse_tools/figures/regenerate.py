@@ -89,8 +89,10 @@ class FolderRecipe:
         return self.draw(results / self.folder)
 
     def sources(self, results: Path) -> dict[str, str]:
-        """Return a hash of every table of a finished cell."""
-        found = sorted(file.relative_to(results).as_posix() for file in (results / self.folder).rglob("cells/*/*.csv"))
+        """Return a hash of every table and settings of a finished cell, and of what gives the methods' order."""
+        place = results / self.folder
+        files = [*place.rglob("cells/*/*.*"), *place.rglob("comparison.json")]
+        found = sorted(file.relative_to(results).as_posix() for file in files)
         return {name: _digest(results / name) for name in found}
 
 
@@ -99,9 +101,12 @@ def compared(measure: str, facts_of: int | None = None) -> FolderRecipe:
     return FolderRecipe("comparison", lambda place: plots.comparison_curve(load_comparison(place), measure, facts_of))
 
 
-def of_paper(name: str, runs: str = "paper") -> FolderRecipe:
+def of_paper(name: str, runs: str = "paper") -> Recipe | FolderRecipe:
     """Return the recipe of one of the paper's figures, from the stored results of its run in a folder of runs."""
-    return FolderRecipe(f"{runs}/{find_figure(name).run}", lambda place: draw_figure(name, place.parent)[0])
+    run = find_figure(name).run
+    if run is None:  # drawn from what the package ships
+        return Recipe((), lambda: draw_figure(name)[0])
+    return FolderRecipe(f"{runs}/{run}", lambda place: draw_figure(name, place.parent)[0])
 
 
 def _digest(file: Path) -> str:
@@ -179,15 +184,15 @@ def regenerate(
             raise SettingError(f"There is no figure {name!r}.{nearest(name, RECIPES)}")
     figures = {name: RECIPES[name].figure(results) for name in names or RECIPES}
     out.mkdir(parents=True, exist_ok=True)
+    # pictures first: where they cannot be drawn, the data still say what the old ones were drawn from
+    drawn = plots.export_all({out / f"{name}.png": fig for name, fig in figures.items()}, scale=scale) if pictures else []
     written = []
     for name, fig in figures.items():
         file = out / f"{name}.json"
         data = {"reads": RECIPES[name].sources(results), **figure_data(fig)}
         file.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         written.append(file)
-    if pictures:
-        written += plots.export_all({out / f"{name}.png": fig for name, fig in figures.items()}, scale=scale)
-    return written
+    return written + drawn
 
 
 def figure_data(fig: go.Figure) -> dict[str, Any]:

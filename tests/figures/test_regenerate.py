@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nse_tools import plots
-from nse_tools.errors import SettingError
+from nse_tools.errors import NSEError, SettingError
 from nse_tools.evaluation.comparison_store import Cell, ComparisonFolder
 from nse_tools.figures.regenerate import RECIPES, compared, figure_data, main, regenerate
 
@@ -84,7 +84,11 @@ def test_a_comparison_needs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (file,) = regenerate(tmp_path, tmp_path, ["comparison_score"], pictures=False)
     drawn = json.loads(file.read_text())
     assert [(t["name"], t["y"]) for t in drawn["data"]] == [("nse", pytest.approx([89, 88])), ("memit", pytest.approx([88, 87]))]
-    assert sorted(drawn["reads"]) == [f"comparison/cells/{m}-seed0/{f}.csv" for m in ("memit", "nse") for f in ("rounds", "scores")]
+    files = ("cell.json", "rounds.csv", "scores.csv")
+    assert sorted(drawn["reads"]) == [
+        *(f"comparison/cells/{m}-seed0/{f}" for m in ("memit", "nse") for f in files),
+        "comparison/comparison.json",
+    ]
     with pytest.raises(SettingError, match="holds no comparison"):
         regenerate(tmp_path / "elsewhere", tmp_path, ["comparison_score"], pictures=False)
 
@@ -110,6 +114,17 @@ def test_the_shell_writes_the_data_and_says_errors_in_one_line(
         main(["--help"])
     assert left.value.code == 0
     assert "world_residuals" in capsys.readouterr().out
+
+
+def test_where_pictures_cannot_be_drawn_the_data_stay_those_of_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise NSEError("no browser")
+
+    (tmp_path / "world_scores.json").write_text("{}")
+    monkeypatch.setattr(plots, "export_all", fail)
+    with pytest.raises(NSEError, match="no browser"):
+        regenerate(RESULTS, tmp_path, ["world_scores"])
+    assert (tmp_path / "world_scores.json").read_text() == "{}"
 
 
 def test_missing_results_are_named(tmp_path: Path) -> None:
