@@ -21,12 +21,13 @@ import plotly.graph_objects as go
 from nse_tools import plots
 from nse_tools.errors import NSEError, SettingError, nearest
 from nse_tools.evaluation import load_comparison
+from nse_tools.evaluation.comparison_store import read_table
 from nse_tools.figures.long_sequence import answers_matrix, lost_of
 from nse_tools.figures.paper import FIGURES, draw_figure, find_figure
 
 _log = logging.getLogger(__name__)
 RESULTS, IMAGES = Path("docs/results"), Path("docs/images")
-_TEXTS = {"fact": str, "prompt": str}
+_TEXTS = ("fact", "text", "argmax", "nearest")
 """Columns that are texts whatever they look like."""
 
 
@@ -56,7 +57,7 @@ class Recipe:
         missing = [name for name in self.reads if not (results / name).exists()]
         if missing:
             raise SettingError(f"{results} has no {', '.join(missing)}; results={str(results)!r} should be the folder of stored results.")
-        return self.draw(*(pd.read_csv(results / name, dtype=_TEXTS) for name in self.reads))
+        return self.draw(*(read_table(results / name, _TEXTS) for name in self.reads))
 
     def sources(self, results: Path) -> dict[str, str]:
         """Return a hash of every file the figure is drawn from."""
