@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -12,28 +11,34 @@ import plotly.graph_objects as go
 
 from nse_tools import plots
 from nse_tools.errors import SettingError, nearest
-from nse_tools.evaluation import Comparison
-from nse_tools.evaluation.comparison import UNEDITED
-from nse_tools.evaluation.scores import SCORED, harmonic_mean
-from nse_tools.figures.runs import RECIPE, load_run
+from nse_tools.figures.paper_tables import (
+    NEIGHBORS,
+    Parts,
+    disturbed_table,
+    edits_of,
+    ends_by_part,
+    grid_rows,
+    long_table,
+    main_table,
+    measures_table,
+    moved_table,
+    neighbors_table,
+    one_round,
+    orders_table,
+    reported,
+    sensitivity_table,
+    sensitivity_tables,
+    size_table,
+    sizes_table,
+    taken,
+    times_table,
+    told_table,
+    variants_table,
+)
+from nse_tools.figures.runs import load_run
 
-Parts = Mapping[str, Comparison]
-TOLD = ("nse", "memit")
-"""The methods whose answers are told, as in the paper's first figure."""
 _THREE = ("score", "efficacy_accuracy", "specificity")
 _FOUR = ("score", "efficacy_accuracy", "generalization", "specificity")
-_OF_QUESTIONS = {
-    "score": "score_token_accuracy",
-    "efficacy": "efficacy_token_accuracy",
-    "generalization": "generalization_token_accuracy",
-    "specificity": "locality_token_accuracy",
-}
-"""What stands for a measure where facts are questions without a true target (zsRE)."""
-_GRID = ("score", *SCORED), ("score_accuracy", *(f"{measure}_accuracy" for measure in SCORED))
-"""Success, and accuracy."""
-NEIGHBORS = ("neighbours left alone", "the same, unedited model", "neighbours edited too")
-_MOVED = ("nse", "memit", "alphaedit", RECIPE)
-_PANELS = {"p": "neuron_threshold", "α": "alpha", "λ": "mom2_update_weight", "layers": "layers"}
 
 
 @dataclass(frozen=True)
@@ -89,156 +94,11 @@ def draw_figure(name: str, folder: str | Path = "runs/figures") -> tuple[go.Figu
     return chosen.draw(parts), chosen.table(parts)
 
 
-def _taken(parts: Parts, measure: str) -> str:
-    """Return the measure, or what stands for it if these facts do not have it."""
-    has = next(iter(parts.values())).has(measure)
-    return measure if has else _OF_QUESTIONS.get(measure, measure)
-
-
-# ---- one run's comparison --------------------------------------------------------------------------------------------
 def _curve(measure: str, facts_of: int | None = None) -> tuple[Callable[[Parts], pd.DataFrame], Callable[[Parts], go.Figure]]:
     return (
-        lambda parts: parts["sequence"].curve(_taken(parts, measure), facts_of),
-        lambda parts: plots.comparison_curve(parts["sequence"], _taken(parts, measure), facts_of),
+        lambda parts: parts["sequence"].curve(taken(parts, measure), facts_of),
+        lambda parts: plots.comparison_curve(parts["sequence"], taken(parts, measure), facts_of),
     )
-
-
-def edits_of(comparison: Comparison) -> dict[int, int]:
-    """Return round → facts edited up to then."""
-    made = comparison.rounds.drop_duplicates("round").sort_values("round")
-    return {int(t): int(n) for t, n in zip(made["round"], made.edits, strict=True)}
-
-
-def measures_table(parts: Parts) -> pd.DataFrame:
-    """Return the measures of :data:`_GRID` that were taken, by method, seed and edits."""
-    made = parts["sequence"]
-    taken = [measure for row in _rows(parts) for measure in row]
-    curves = pd.concat([made.curve(measure).assign(measure=measure) for measure in taken], ignore_index=True)
-    return curves[curves["round"] > 0].reset_index(drop=True)
-
-
-def sizes_table(parts: Parts) -> pd.DataFrame:
-    """Return the measures of :data:`_GRID` at the end, by method, seed and ``rounds_of``."""
-    taken = [measure for row in _rows(parts) for measure in row]
-    return size_table(parts).melt(["method", "seed", "rounds_of"], taken, "measure")
-
-
-def _rows(parts: Parts) -> list[list[str]]:
-    """Return the measures of :data:`_GRID`, or what stands for them; of each row those that were taken."""
-    has = next(iter(parts.values())).has
-    rows = [[_taken(parts, measure) for measure in row] for row in _GRID]
-    return [taken for row in rows if (taken := [measure for measure in row if has(measure)])]
-
-
-def _quoting(parts: Parts, table: str) -> pd.DataFrame:
-    """Return a table of the sequence that quotes facts.
-
-    Raises
-    ------
-    SettingError
-        If the run was told to keep no such tables.
-    """
-    found = parts["sequence"].also.get(table)
-    if found is None:
-        raise SettingError(f"This run keeps no table {table!r}, which quotes facts: it was made with texts=False (--no-texts).")
-    return found
-
-
-def _first_seed(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table.seed == table.seed.min()]
-
-
-def told_table(parts: Parts) -> pd.DataFrame:
-    """Return what :data:`TOLD` answered to the first facts, first seed."""
-    table = _first_seed(_quoting(parts, "answers"))
-    return _of_methods(table, TOLD, "told")
-
-
-def moved_table(parts: Parts) -> pd.DataFrame:
-    """Return where neighbours' prompts stood before and after all edits, first seed."""
-    table = _first_seed(_quoting(parts, "shift"))
-    last = table["round"] == table.groupby("method")["round"].transform("max")
-    own = _of_methods(table[last], _MOVED, "shift").reset_index(drop=True)
-    return own.astype({"edited": bool}) if len(own) else own  # beside a method that made no round it is read as an object
-
-
-def _of_methods(table: pd.DataFrame, methods: tuple[str, ...], figure: str) -> pd.DataFrame:
-    """Return the rows of some methods.
-
-    Raises
-    ------
-    SettingError
-        If there are none.
-    """
-    own = table[table.method.isin(methods)]
-    if len(table) and own.empty:
-        raise SettingError(f"{figure}: it shows {', '.join(methods)}, and the run has none of them yet (nse-tools figures run sequence).")
-    return own
-
-
-def neighbors_table(parts: Parts) -> pd.DataFrame:
-    """Return specificity at the end, a row a method and seed: on neighbours left alone, before and after, and on those edited as well.
-
-    Raises
-    ------
-    SettingError
-        If no fact has a neighbourhood prompt.
-    """
-    table = parts["sequence"].also["neighbors"]
-    if "edited" not in table:
-        raise SettingError("neighbors: none of the facts has a neighbourhood prompt; draw sequence_specificity, which also knows locality.")
-    last = table[table["round"] == table.groupby(["method", "seed"])["round"].transform("max")]
-    apart = last.pivot_table(index=["method", "seed"], columns="edited", values=["success", "success_before"], sort=False)
-    names = dict(zip((("success", False), ("success_before", False), ("success", True)), NEIGHBORS, strict=True))
-    return pd.DataFrame({name: apart.get(column) for column, name in names.items()}, index=apart.index).reset_index()
-
-
-def disturbed_table(comparison: Comparison) -> pd.DataFrame:
-    """Return, for each fact before the last round, what later rounds did at its key and whether it holds at the end."""
-    effects, scores = comparison.also["effects"], comparison.scores
-    key = ["method", "seed", "round", "fact"]
-    last = effects.groupby(["method", "seed"])["round"].transform("max")
-    holds = scores[[*key, "efficacy_accuracy"]].assign(holds=scores.efficacy_accuracy / 100)
-    return effects[effects["round"] == last].merge(holds, on=key)
-
-
-def times_table(parts: Parts) -> pd.DataFrame:
-    """Return the seconds an edit takes by method and step, of the tested rounds; only facts searched for share a value search."""
-    times = parts["sequence"].also["times"]
-    searched = times.facts - times.cached
-    own = times.assign(facts=times.facts.where(times.step != "values", searched)).query("facts > 0")
-    per_round = own.groupby(["method", "step"], sort=False)[["seconds", "facts"]].sum()
-    return (per_round.seconds / per_round.facts).rename("seconds_per_edit").reset_index()
-
-
-# ---- the main table --------------------------------------------------------------------------------------------------
-def reported() -> pd.DataFrame:
-    """Return the numbers reported for Llama-3-8B (CounterFact, rounds of 100; 2 000 edits where no other number is named), percent.
-
-    Score is computed from them; fluency is in bits × 100.
-    """
-    file = files("nse_tools.figures") / "data" / "reported_llama3_8b.csv"
-    with file.open(encoding="utf-8") as text:
-        table = pd.read_csv(text)
-    return table.assign(score=[harmonic_mean(row) for row in table[list(SCORED)].to_numpy().tolist()])
-
-
-def main_table(parts: Parts) -> pd.DataFrame:
-    """Return the summary; where it was measured what the models write, with fluency (bits) and consistency (cosine)."""
-    made = parts["sequence"]
-    written = made.also.get("written")
-    return made.summary() if written is None or written.empty else made.summary().join(_texts_measured(written), on="method")
-
-
-def _texts_measured(written: pd.DataFrame) -> pd.DataFrame:
-    """Return means over facts, then seeds, after the last round, and their deviation over seeds; the unedited model's in a row."""
-    kinds = [kind for kind in ("fluency", "consistency") if kind in written]
-    last = written[written["round"] == written.groupby(["method", "seed"])["round"].transform("max")]
-    own = last.groupby(["method", "seed"], sort=False)
-    seeds = own[kinds].mean().groupby("method", sort=False)
-    found = pd.concat([seeds.mean(), seeds.std().add_suffix("_sd")], axis=1)
-    found.loc[UNEDITED, kinds] = own[[f"{kind}_before" for kind in kinds]].mean().mean().to_numpy()
-    return found
 
 
 def main_dots(parts: Parts) -> go.Figure:
@@ -248,7 +108,7 @@ def main_dots(parts: Parts) -> go.Figure:
 
 def _dots(parts: Parts, ends: pd.DataFrame, measures: tuple[str, ...] = _THREE) -> go.Figure:
     """Draw measures at the end, a row a method, or a row a ``variant`` where the table has them."""
-    return plots.dots(ends if "variant" in ends else ends.rename(columns={"method": "variant"}), [_taken(parts, m) for m in measures])
+    return plots.dots(ends if "variant" in ends else ends.rename(columns={"method": "variant"}), [taken(parts, m) for m in measures])
 
 
 def reported_dots(parts: Parts) -> go.Figure:
@@ -258,72 +118,9 @@ def reported_dots(parts: Parts) -> go.Figure:
     return plots.dots(table, ("score", "efficacy", "generalization", "specificity"), title=title)
 
 
-# ---- grids -----------------------------------------------------------------------------------------------------------
-def ends_by_part(parts: Parts) -> pd.DataFrame:
-    """Return every part's measures at the end, ``part`` in front."""
-    return pd.concat([made.ends().assign(part=part) for part, made in parts.items()], ignore_index=True)
-
-
-def variants_table(parts: Parts) -> pd.DataFrame:
-    """Return every part's measures at the end, the highest Score first."""
-    return ends_by_part(parts).sort_values(_taken(parts, "score"), ascending=False, ignore_index=True)
-
-
-def _by_part_and_method(parts: Parts) -> pd.DataFrame:
-    table = ends_by_part(parts)
-    return table.assign(variant=table.method + ", " + table.part)
-
-
-def size_table(parts: Parts) -> pd.DataFrame:
-    """Return the measures at the end with ``rounds_of``, in its order; methods stay in the run's."""
-    table = ends_by_part(parts)
-    sized = table.assign(rounds_of=table.part.str.removeprefix("of_").astype(int))
-    return sized.sort_values("rounds_of", kind="stable", ignore_index=True)
-
-
-def long_table(parts: Parts) -> pd.DataFrame:
-    """Return what is left along the stream: accuracy on rewrites of the facts ``asked``, and perplexity, after each tested round."""
-    made = parts["long"]
-    scores = made.scores[made.scores["round"] > 0]
-    newest, first = scores.edited_in_round == scores["round"], scores.edited_in_round == 1
-    kinds = {"first round's facts": first, "some rounds' facts between": ~(newest | first), "newest round's facts": newest}
-    key = ["method", "seed", "round"]
-    accuracy = [scores[own].groupby(key, sort=False).efficacy_accuracy.mean().rename("value").reset_index() for own in kinds.values()]
-    tables = [own.assign(asked=name).merge(made.rounds[[*key, "edits"]], on=key) for name, own in zip(kinds, accuracy, strict=True)]
-    return pd.concat([*tables, made.curve("perplexity").assign(asked="perplexity")], ignore_index=True)
-
-
-def sensitivity_tables(parts: Parts) -> dict[str, pd.DataFrame]:
-    """Return the measures at the end, mean over seeds, by setting, with the setting's ``value``."""
-    found = {}
-    for name, part in _PANELS.items():
-        if part in parts:
-            ends = parts[part].ends()
-            found[name] = _means(ends.assign(value=ends.method.str.partition("=")[2]))
-    for name, prefix in (("contexts", "contexts_"), ("tokens for C, per neuron", "tokens_")):
-        own = {int(part.removeprefix(prefix)): made.ends() for part, made in parts.items() if part.startswith(prefix)}
-        if own:
-            found[name] = _means(pd.concat([own[k].assign(value=str(k)) for k in sorted(own)]))
-    return found
-
-
-def _means(table: pd.DataFrame) -> pd.DataFrame:
-    return table.groupby("value", sort=False, as_index=False).mean(numeric_only=True)
-
-
-def _sensitivity_table(parts: Parts) -> pd.DataFrame:
-    return pd.concat([own.assign(setting=name) for name, own in sensitivity_tables(parts).items()], ignore_index=True)
-
-
 def _anatomy(parts: Parts) -> go.Figure:
-    values, neurons, residuals, updates = (_one_round(parts, name) for name in ("values", "neurons", "residuals", "updates"))
+    values, neurons, residuals, updates = (one_round(parts, name) for name in ("values", "neurons", "residuals", "updates"))
     return plots.round_anatomy(values, neurons, residuals, updates)
-
-
-def _one_round(parts: Parts, name: str) -> pd.DataFrame:
-    """Return a table of the anatomy's last round, first seed."""
-    table = _first_seed(parts["anatomy"].also[name])
-    return table[table["round"] == table["round"].max()]
 
 
 def _ends(part: str) -> Callable[[Parts], pd.DataFrame]:
@@ -340,13 +137,13 @@ FIGURES: dict[str, PaperFigure] = {
             told_table,
             lambda parts: plots.told_stream(told_table(parts), edits_of(parts["sequence"])),
         ),
-        PaperFigure("anatomy", "anatomy", "Figure 2: one real round, step by step", lambda parts: _one_round(parts, "residuals"), _anatomy),
+        PaperFigure("anatomy", "anatomy", "Figure 2: one real round, step by step", lambda parts: one_round(parts, "residuals"), _anatomy),
         PaperFigure(
             "sequence_measures",
             "sequence",
             "Figure 3: efficacy, generalization, specificity and Score, as success and as accuracy, against the number of edits",
             measures_table,
-            lambda parts: plots.measures_grid(measures_table(parts), _rows(parts)),
+            lambda parts: plots.measures_grid(measures_table(parts), grid_rows(parts)),
         ),
         PaperFigure("sequence_score", "sequence", "Figure 3: Score against the number of edits", *_curve("score")),
         PaperFigure("sequence_accuracy", "sequence", "Figure 3, by accuracy on rewrites", *_curve("efficacy_accuracy")),
@@ -359,14 +156,14 @@ FIGURES: dict[str, PaperFigure] = {
             "round_size",
             "Figure 4: Score by the number of facts in a round",
             size_table,
-            lambda parts: plots.against_size(size_table(parts), _taken(parts, "score")),
+            lambda parts: plots.against_size(size_table(parts), taken(parts, "score")),
         ),
         PaperFigure(
             "round_size_measures",
             "round_size",
             "Figure 4: all measures, as success and as accuracy, by the number of facts in a round",
             sizes_table,
-            lambda parts: plots.measures_grid(sizes_table(parts), _rows(parts), "rounds_of"),
+            lambda parts: plots.measures_grid(sizes_table(parts), grid_rows(parts), "rounds_of"),
         ),
         PaperFigure(
             "ability",
@@ -396,7 +193,7 @@ FIGURES: dict[str, PaperFigure] = {
             "orders",
             "the same facts shuffled, with similar keys packed together, and spread apart",
             ends_by_part,
-            lambda parts: _dots(parts, _by_part_and_method(parts)),
+            lambda parts: _dots(parts, orders_table(parts)),
         ),
         PaperFigure(
             "long",
@@ -416,8 +213,8 @@ FIGURES: dict[str, PaperFigure] = {
             "sensitivity",
             "sensitivity",
             "Score and accuracy against p, α, λ, layers, contexts, tokens for C",
-            _sensitivity_table,
-            lambda parts: plots.sensitivity(sensitivity_tables(parts), [_taken(parts, m) for m in _THREE]),
+            sensitivity_table,
+            lambda parts: plots.sensitivity(sensitivity_tables(parts), [taken(parts, m) for m in _THREE]),
         ),
         PaperFigure(
             "shift",

@@ -103,15 +103,19 @@ def _add_moves(fig: go.Figure, col: int, before: pd.DataFrame, after: pd.DataFra
         row=1,
         col=col,
     )
-    kinds = ((before, "unedited model", "circle-open", 0), (after, "after all edits", "circle", 1))
-    for edited, also in ((False, ""), (True, ", subject edited too")):
-        for states, name, symbol, number in kinds:
-            _add_states(
-                fig, col, states[states.edited == edited], name + also, symbol.replace("circle", "diamond" if edited else "circle"), number
-            )
+    looks = {
+        (False, 0): ("unedited model", "circle-open"),
+        (False, 1): ("after all edits", "circle"),
+        (True, 0): ("unedited model, subject edited too", "diamond-open"),
+        (True, 1): ("after all edits, subject edited too", "diamond"),
+    }
+    for number, ((edited, now), (name, symbol)) in enumerate(looks.items()):
+        states = after if now else before
+        marker = {"color": COLORS[number], "size": 8 - now, "symbol": symbol}
+        _add_states(fig, col, states[states.edited == edited], name, marker)
 
 
-def _add_states(fig: go.Figure, col: int, own: pd.DataFrame, name: str, symbol: str, number: int) -> None:
+def _add_states(fig: go.Figure, col: int, own: pd.DataFrame, name: str, marker: Mapping[str, object]) -> None:
     fig.add_trace(
         go.Scatter(
             x=own.pc1.tolist(),
@@ -120,7 +124,7 @@ def _add_states(fig: go.Figure, col: int, own: pd.DataFrame, name: str, symbol: 
             name=name,
             legendgroup=name,
             showlegend=col == 1 and len(own) > 0,
-            marker={"color": COLORS[number + 2 * symbol.startswith("diamond")], "size": 8 - number, "symbol": symbol},
+            marker=dict(marker),
             customdata=[[plain(p), r] for p, r in zip(own.prompt, own.relative, strict=True)],
             hovertemplate="%{customdata[0]}: moved %{customdata[1]:.2%} of ‖h‖<extra>" + name + "</extra>",
         ),

@@ -10,7 +10,7 @@ import pytest
 
 from nse_tools.editing import methods
 from nse_tools.facts import load_facts
-from nse_tools.figures.paper import ends_by_part, long_table
+from nse_tools.figures.paper_tables import ends_by_part, long_table
 from nse_tools.figures.runs import COMPARED, load_run
 from nse_tools.models import EditableModel
 from pages_small import ROOT, rows_of, table_behind

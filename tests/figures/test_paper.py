@@ -22,7 +22,8 @@ from nse_tools.evaluation import (
 )
 from nse_tools.evaluation.comparison_store import Cell
 from nse_tools.facts import FactList, Question
-from nse_tools.figures.paper import FIGURES, disturbed_table, draw_figure, long_table, main_table, reported, times_table
+from nse_tools.figures.paper import FIGURES, draw_figure
+from nse_tools.figures.paper_tables import disturbed_table, long_table, main_table, reported, times_table
 from nse_tools.figures.runs import RUNS, RunSize, load_run, make_run
 from nse_tools.models import EditableModel
 from nse_tools.plots.disturbance import areas_within_rounds, disturbance
