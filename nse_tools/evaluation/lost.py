@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from nse_tools import _late
 from nse_tools._show import table_html
@@ -153,21 +153,32 @@ def _effects_at(session: EditSession, layer: int) -> list[tuple[Any, ...]]:
     rounds = session.rounds
     keys = [done.final_keys[layer].values.double() for done in rounds]
     units = [k / k.norm(dim=1, keepdim=True) for k in keys]
-    own: list[torch.Tensor] = []
+    own: list[Tensor] = []
     for t, done in enumerate(rounds):
         delta = round_update(done, layer)
         for s in range(t):
             cosines = units[s] @ units[t].T
-            added, size = keys[s] @ delta.T, own[s].norm(dim=1)
-            push = added.norm(dim=1) / size
-            along = (added * own[s]).sum(1) / size**2
+            push, along = beside_own(keys[s] @ delta.T, own[s])
             for j, fact in enumerate(rounds[s].facts):
                 best = int(cosines[j].argmax())
-                rows.append((fact.id, s + 1, t + 1, layer, float(cosines[j, best]), done.facts[best].id, _ratio(push[j]), _ratio(along[j])))
+                rows.append((fact.id, s + 1, t + 1, layer, float(cosines[j, best]), done.facts[best].id, float(push[j]), float(along[j])))
         own.append(keys[t] @ delta.T)
     return rows
 
 
-def _ratio(value: torch.Tensor) -> float:
-    """Return a ratio, missing where the fact's own round had written nothing (it was skipped)."""
-    return float(value) if bool(torch.isfinite(value)) else np.nan
+def beside_own(added: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what was added to a layer's outputs at facts' keys, in units of what the facts' own round had written there.
+
+    Parameters
+    ----------
+    added, own : Tensor
+        ΔW k and ΔW_s k, (facts, d).
+
+    Returns
+    -------
+    tuple of Tensor
+        ‖ΔW k‖/‖ΔW_s k‖ and ⟨ΔW k, ΔW_s k⟩/‖ΔW_s k‖², (facts,); missing where the own round had written nothing (a skipped fact).
+    """
+    size = own.norm(dim=1)
+    size = size.where(size > 0, torch.nan)
+    return added.norm(dim=1) / size, (added * own).sum(1) / size**2

@@ -83,7 +83,7 @@ def retention(matrix: ForgettingMatrix) -> Retention:
     end = matrix.n_rounds
     if not end:
         raise SettingError("retention: there is no round yet.")
-    table = matrix.per_fact.set_index(["after_round", "edited_in_round", "fact"]).value
+    table = matrix.per_fact.set_index(["after_round", "edited_in_round", "fact"]).value.sort_index()
     per_round = {s: values.droplevel([0, 1]) for s, values in table.loc[[end]].groupby("edited_in_round")}
     rows = []
     for s in range(1, end + 1):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nse_tools.editing import EditRound, EditSession
 from nse_tools.evaluation import ReferenceTexts, consistency, fluency, generate_texts, hidden_shift, round_scores, session_texts
+from nse_tools.evaluation.lost import beside_own
 from nse_tools.evaluation.neuron_usage import round_update
 from nse_tools.evaluation.scores import NEIGHBORHOOD, REWRITE
 from nse_tools.facts import Fact, FactList
@@ -163,15 +164,14 @@ def _effects_at(made: Sequence[EditRound], layer: int) -> pd.DataFrame:
 
 
 def _of_round(done: EditRound, keys: Tensor, own: Tensor, later: Tensor, rewritten: Tensor) -> pd.DataFrame:
-    size = own.norm(dim=1)
-    size[size == 0] = torch.nan  # a round that changed nothing there: nothing to compare with
+    disturbed, along = beside_own(later, own)
     share = keys.square() / keys.square().sum(1, keepdim=True)
     return pd.DataFrame(
         {
             "fact": done.facts.ids,
             "edited_in_round": done.number,
-            "disturbed": (later.norm(dim=1) / size).tolist(),
-            "along": ((later * own).sum(1) / size**2).tolist(),
+            "disturbed": disturbed.tolist(),
+            "along": along.tolist(),
             "reuse": (share @ rewritten).tolist(),
         }
     )
