@@ -9,7 +9,7 @@ demo: model            ## the main job: 100 edits in 5 rounds; table and figures
 	$(BIN)/nse-tools demo --out runs/demo
 
 test: model            ## every test, notebooks included
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --durations=15
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
 
 test-long: model       ## what takes long: more edits, more seeds
