@@ -13,7 +13,7 @@ from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, TEMPLATE, plain, ti
 
 _NAMES = (
     "1  values: likelihood of the new target while δ is optimised",
-    "2  neurons: running share of the keys' squared activations",
+    "2  neurons: running share of their scores",
     "3  residuals: distance to the target value before each update",
     "4  updates: what each layer's weights take on",
 )
