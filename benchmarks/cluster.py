@@ -23,11 +23,11 @@ import torch
 
 from _machine import finish, parser, read, timed
 from nse_tools import compute_values, known_facts, load_corpus, load_model, methods, sample_contexts, score_facts, second_moments
-from nse_tools.evaluation import passages
-from nse_tools.models import EditableModel
-from nse_tools.models.executors import Job
-from nse_tools.scale import LocalExecutor, RayExecutor
-from nse_tools.scale.replica import ModelState, Parcel, Patch, Replica
+from nse_tools.metrics.perplexity import passages
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.parallel._replica import ModelState, Parcel, Patch, Replica
+from nse_tools.parallel.executor import Job, LocalExecutor
+from nse_tools.parallel.ray_executor import RayExecutor
 from value_search import warm_up
 
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from nse_tools import EditSession, holds_session, known_facts, load_model, methods
-from nse_tools.figures import LongSequence
+from nse_tools.figures.long_sequence import LongSequence
 
 _log = logging.getLogger("forgetting")
 

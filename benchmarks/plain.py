@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from nse_tools import Contexts, EditableModel, Fact, Method
-from nse_tools.editing.updating import Stopwatch
-from nse_tools.editing.value_search import search_rows
-from nse_tools.models.editable import hidden_of
-from nse_tools.tracing import Corpus, LocatedPrompt, SecondMoments
-from nse_tools.tracing.batches import pad
-from nse_tools.tracing.prompts import continued, lead_of, locate_fact
+from nse_tools.methods.locate_then_edit import Stopwatch
+from nse_tools.models.editable_model import hidden_of
+from nse_tools.steps._value_optimizer import search_rows
+from nse_tools.tracing._engine.batching import pad
+from nse_tools.tracing.corpus import Corpus
+from nse_tools.tracing.moments import SecondMoments
+from nse_tools.tracing.prompts import LocatedPrompt, continued, lead_of, locate_fact
 
 ROWS = 64
 """Rows in one batch of keys."""

@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from nse_tools.models import ARCHITECTURES
-from nse_tools.planning import plan
+from nse_tools.models.architecture import ARCHITECTURES
 from nse_tools.planning.memory import needed
+from nse_tools.planning.plans import plan
 from report import fill, markdown
 
 ROOT = Path(__file__).parents[1]

@@ -28,9 +28,10 @@ from nse_tools import (
     sample_contexts,
     second_moments,
 )
-from nse_tools.evaluation import round_scores
-from nse_tools.evaluation.scores import REWRITE
-from nse_tools.tracing import Contexts, SecondMoments
+from nse_tools.metrics.forgetting import round_scores
+from nse_tools.metrics.scores import REWRITE
+from nse_tools.tracing.contexts import Contexts
+from nse_tools.tracing.moments import SecondMoments
 
 RUNS = [
     ("float32", "nearest"),
@@ -41,7 +42,7 @@ RUNS = [
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row a dtype and rounding: means over the rounds, and what there is after the last."""
     groups = frame.groupby(["dtype", "rounding"], sort=False)
-    means = groups[["rounding_loss", "arrived", "astray", "residual_before", "residual_after"]].mean()
+    means = groups[["rounding_loss", "realised_fraction", "off_target", "residual_before", "residual_after"]].mean()
     return means.join(groups[["drift", "efficacy", "accuracy"]].last()).reset_index()
 
 
@@ -61,9 +62,9 @@ def run(
                 "rounding": rounding,
                 "round": done.number,
                 "rounding_loss": done.rounding_loss,
-                "arrived": table.arrived.mean(),
-                "least_arrived": table.least_arrived.min(),
-                "astray": table.astray.mean(),
+                "realised_fraction": table.realised_fraction.mean(),
+                "least_realised_fraction": table.least_realised_fraction.min(),
+                "off_target": table.off_target.mean(),
                 "residual_before": first,
                 "residual_after": sum(done.final_residuals) / len(batch),
                 "drift": drift(session),

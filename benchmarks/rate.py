@@ -17,11 +17,11 @@ import torch
 
 from _machine import finish, parser, read, timed
 from nse_tools import compute_values, known_facts, load_model, methods, sample_contexts
-from nse_tools.editing.value_search import search_rows
 from nse_tools.models.kernels import fast_products
 from nse_tools.planning.operations import search
 from nse_tools.planning.shape import Shape
 from nse_tools.planning.workload import load_of_rows
+from nse_tools.steps._value_optimizer import search_rows
 from value_search import warm_up
 
 PRODUCTS: dict[str, Callable[[], AbstractContextManager[None]]] = {

@@ -21,7 +21,7 @@ from nse_tools import (
     Contexts,
     EditableModel,
     FactList,
-    KeyHistory,
+    PreviousKeys,
     Method,
     TargetValues,
     compute_values,
@@ -33,8 +33,8 @@ from nse_tools import (
     second_moments,
     write_values,
 )
-from nse_tools.editing.updating import Stopwatch
-from nse_tools.tracing import SecondMoments
+from nse_tools.methods.locate_then_edit import Stopwatch
+from nse_tools.tracing.moments import SecondMoments
 from plain import plain_round, plain_scores, plain_search
 from value_search import warm_up
 
@@ -58,7 +58,7 @@ def engine_round(
     with watch.time("values"):
         values = compute_values(model, facts, contexts, method)
     try:
-        written = write_values(model, method, facts, values, contexts, moments, KeyHistory(), watch=watch)
+        written = write_values(model, method, facts, values, contexts, moments, PreviousKeys(), watch=watch)
     finally:
         for layer, weight in before.items():
             model.weight(layer).copy_(weight)

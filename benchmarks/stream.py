@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from _machine import finish, parser, read
 from nse_tools import EditableModel, EditSession, EditStream, Fact, Method
-from nse_tools.tracing import Contexts, SecondMoments
+from nse_tools.tracing.contexts import Contexts
+from nse_tools.tracing.moments import SecondMoments
 
 SYLLABLES = ["ba", "de", "ko", "lu", "mi", "no", "ra", "su", "ti", "ve"]
 TARGETS = ["Berlin", "Rome", "Paris", "Lima", "Oslo", "Cairo", "Quito", "Seoul"]

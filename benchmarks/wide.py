@@ -23,7 +23,7 @@ from nse_tools import (
     Contexts,
     EditableModel,
     FactList,
-    KeyHistory,
+    PreviousKeys,
     Keys,
     Method,
     TargetValues,
@@ -32,9 +32,9 @@ from nse_tools import (
     methods,
     write_values,
 )
-from nse_tools.editing.solvers import PreservedMoments
-from nse_tools.editing.updating import Stopwatch, preserved_moments
-from nse_tools.tracing import SecondMoments
+from nse_tools.methods.locate_then_edit import Stopwatch, preserved_moments
+from nse_tools.steps.solvers import PreservedMoments
+from nse_tools.tracing.moments import SecondMoments
 from plain import plain_hidden, plain_keys, plain_solve
 
 PARTS = ("values_s", "states_s", "keys_s", "solve_s", "apply_s", "other_s")
@@ -85,11 +85,11 @@ def random_moments(d_ff: int, layers: tuple[int, ...], n_keys: int = 1024) -> Se
     return SecondMoments(dict.fromkeys(layers, c), n_keys, "random keys")
 
 
-def old_keys(n: int, d_ff: int, layers: tuple[int, ...]) -> tuple[Tensor, KeyHistory]:
+def old_keys(n: int, d_ff: int, layers: tuple[int, ...]) -> tuple[Tensor, PreviousKeys]:
     """Return random keys and the history they make, as one round."""
     keys = 0.1 * torch.randn(n, d_ff, generator=torch.Generator().manual_seed(1))
     held = {layer: Keys(layer, tuple(map(str, range(n))), keys) for layer in layers}
-    return keys, KeyHistory([held] if n else [])
+    return keys, PreviousKeys([held] if n else [])
 
 
 def measure(

@@ -12,9 +12,10 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from nse_tools.editing import value_cache
-from nse_tools.models import EditableModel, load_model
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.loading import load_model
 from nse_tools.models.weights import copy_of, digest_of, write_weights
+from nse_tools.steps import _value_cache as value_cache
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, and one gives the same bits everywhere
 

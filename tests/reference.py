@@ -237,7 +237,7 @@ class Reference:
                 own_z[layer] = torch.stack([self.replayed(f, layers[0], layer, z_first[j]) for j, f in enumerate(facts)])
             for layer in layers:
                 self.weight(layer).copy_(now[layer])
-        fates, chosen, residuals_seen, unit = [], [], [], None
+        statuses, chosen, residuals_seen, unit = [], [], [], None
         for _ in range(method.passes):
             norms = [float((z[j] - self.hidden(f, last)).norm()) for j, f in enumerate(facts)]
             if unit is None:
@@ -245,7 +245,7 @@ class Reference:
             taken = [j for j, norm in enumerate(norms) if method.alpha * unit < norm < method.upper_bound * unit]
             if not taken:
                 break
-            fates.append(taken)
+            statuses.append(taken)
             for place, layer in enumerate(layers):
                 residual = torch.stack([z[j] - self.hidden(facts[j], last) for j in range(len(facts))])
                 residuals_seen.append(residual.norm(dim=1))
@@ -274,7 +274,7 @@ class Reference:
             keys = torch.stack([self.key(f, prefixes, layer) for f in facts])
             history[layer] = history.get(layer, torch.zeros(keys.shape[1], keys.shape[1]).double()) + keys.T @ keys
         final = torch.tensor([float((z[j] - self.hidden(f, last)).norm()) for j, f in enumerate(facts)])
-        return {"taken": fates, "neurons": chosen, "residuals": residuals_seen, "final": final}
+        return {"taken": statuses, "neurons": chosen, "residuals": residuals_seen, "final": final}
 
 
 def select(scores: Tensor, share: float, rule: str = "reach") -> set[int]:

@@ -9,14 +9,18 @@ import pytest
 import torch
 import transformers as tf
 
-from models_small import CONTEXTS, NAMES, build, moments_for, tokenizer
+from helpers.models import CONTEXTS, NAMES, build, moments_for, tokenizer
+from helpers.sessions import same, weights
+from helpers.shown import STREAM
 from nse_tools import plots
-from nse_tools.editing import EditSession, Method, collect_keys, compute_values
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import ModelError
-from nse_tools.models import EditableModel, load_model
-from nse_tools.sharing import apply_patch, remove_patch
-from sessions_small import same, weights
-from shown_small import STREAM
+from nse_tools.io.patch import apply_patch, remove_patch
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.loading import load_model
+from nse_tools.steps.config import Method
+from nse_tools.steps.keys import collect_keys
+from nse_tools.steps.values import compute_values
 
 LAYERS = (1, 2)
 METHOD = Method("whole way", LAYERS, v_lr=0.3, v_num_grad_steps=4, mom2_update_weight=0.1, neuron_threshold=0.8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nse_tools._origin import command
+from nse_tools._provenance import command
 
 
 @pytest.mark.parametrize(

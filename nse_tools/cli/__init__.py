@@ -33,14 +33,13 @@ from nse_tools.errors import NSEError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nse_tools.evaluation import Comparison
+    from nse_tools.compare import Comparison
 
 app = typer.Typer(help="See and steer what a language model knows.", no_args_is_help=True, add_completion=False)
 app.add_typer(sharing.commands)
 app.add_typer(figures.commands, name="figures")
 app.add_typer(planning.commands)
 app.command()(streaming.stream)
-
 _SHOWN = {
     "round": "round",
     "facts": "facts",
@@ -56,7 +55,6 @@ _CAPTION = (
     "percent, all facts edited so far (round 0: the unedited model on the first round's facts) · fresh: efficacy on the round's own facts"
     " · accuracy: the new target is the first choice · general.: paraphrases · specific.: neighbours keep theirs"
 )
-
 _HEADS = {
     "method": "",
     "edits": "edits",
@@ -99,7 +97,7 @@ def demo(
     skip: Skip = 0,
 ) -> None:
     """Edit a model round after round; show and draw what was learned, kept and forgotten."""
-    from nse_tools.editing import methods
+    from nse_tools import methods
     from nse_tools.figures import run_stream, save_stream
     from nse_tools.figures.folders import make_folder
     from nse_tools.models import load_model
@@ -138,8 +136,8 @@ def compare(
     change: Settings = None,
 ) -> None:
     """Compare methods on the same facts, contexts and key statistics; table, CSV files and figures."""
-    from nse_tools.editing import methods as known_methods
-    from nse_tools.evaluation import compare
+    from nse_tools import methods as known_methods
+    from nse_tools.compare import compare
     from nse_tools.figures import save_comparison
     from nse_tools.models import load_model
     from nse_tools.tracing.contexts import STARTERS
@@ -175,9 +173,9 @@ def known(
     facts: Facts = "world",
 ) -> None:
     """Ask a model which facts it knows by itself (the table shipped for 'world' is made by this command)."""
-    from nse_tools.evaluation import knowledge
-    from nse_tools.facts import load_facts
+    from nse_tools.data import load_facts
     from nse_tools.figures.folders import make_folder
+    from nse_tools.metrics import knowledge
     from nse_tools.models import load_model
 
     with errors_in_one_line():

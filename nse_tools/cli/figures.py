@@ -15,7 +15,6 @@ from rich.table import Table
 from nse_tools.cli.shell import FACTS_HELP, Model, Preset, Settings, console, errors_in_one_line, numbers_of, settings_of, stream_of
 
 commands = typer.Typer(help="The paper's experiments: run them, draw them from what is stored.", no_args_is_help=True)
-
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A figure (nse-tools figures list), or for run also a run.")]
 Folder = Annotated[Path, typer.Option("--out", help="Folder of the runs' results.")]
 
@@ -65,11 +64,11 @@ def run(
     change: Settings = None,
 ) -> None:
     """Run what a figure needs; a run that was killed goes on where it was."""
-    from nse_tools.evaluation import load_reference_texts
     from nse_tools.figures.paper import FIGURES
     from nse_tools.figures.runs import find_run, make_run
-    from nse_tools.models import load_model
-    from nse_tools.tracing import load_corpus
+    from nse_tools.metrics.generation import load_reference_texts
+    from nse_tools.models.loading import load_model
+    from nse_tools.tracing.corpus import load_corpus
 
     with errors_in_one_line():
         chosen = find_run((FIGURES[name].run or name) if name in FIGURES else name)
@@ -108,7 +107,7 @@ def draw(
     """Draw a figure from stored results, with its table as CSV beside it; no model is loaded."""
     from nse_tools.figures.folders import make_folder
     from nse_tools.figures.paper import draw_figure
-    from nse_tools.plots import export
+    from nse_tools.plots.exporting import export
 
     with errors_in_one_line():
         figure, table = draw_figure(name, out)

@@ -21,7 +21,7 @@ def plan(
     host_memory: Annotated[float | None, typer.Option(help="Memory of the host, GB.")] = None,
 ) -> None:
     """Say what edits take in memory and work, from a configuration alone."""
-    from nse_tools.planning import plan as make
+    from nse_tools.planning.plans import plan as make
 
     with errors_in_one_line():
         found = make(model, facts, rounds, device_memory=device_memory, host_memory=host_memory)
@@ -33,7 +33,7 @@ def plan(
 @commands.command()
 def check(model: Annotated[str, typer.Argument(help="A hub id, a folder or a .gguf file.")]) -> None:
     """Say what works on a model and what would go wrong; exit code 1 where there is a problem."""
-    from nse_tools.planning import check_model
+    from nse_tools.planning.check import check_model
 
     with errors_in_one_line():
         found = check_model(model)

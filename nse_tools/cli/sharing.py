@@ -11,10 +11,9 @@ from rich.markup import escape
 from nse_tools.cli.shell import Model, console, errors_in_one_line, print_table
 
 if TYPE_CHECKING:
-    from nse_tools.sharing import SharedEdit
+    from nse_tools.io._patch_manifest import SharedEdit
 
 commands = typer.Typer()
-
 PatchPath = Annotated[Path, typer.Argument(metavar="PATCH", help="A file that session.export(…, as_='patch') wrote.")]
 
 
@@ -26,8 +25,9 @@ def apply(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export in that folder.")] = False,
 ) -> None:
     """Apply a patch to a model and write the edited model."""
-    from nse_tools.models import load_model
-    from nse_tools.sharing import apply_patch, export_patched, inspect_patch
+    from nse_tools.io.export import export_patched
+    from nse_tools.io.patch import apply_patch, inspect_patch
+    from nse_tools.models.loading import load_model
 
     with errors_in_one_line():
         inspect_patch(patch)  # before the model is loaded
@@ -43,7 +43,7 @@ def inspect(
     facts: Annotated[int, typer.Option(help="How many facts to list.")] = 10,
 ) -> None:
     """Say what an exported edit does to which model, without a model."""
-    from nse_tools.sharing import inspect_patch
+    from nse_tools.io.patch import inspect_patch
 
     with errors_in_one_line():
         edit = inspect_patch(path)
@@ -53,8 +53,8 @@ def inspect(
 @commands.command()
 def verify(patch: PatchPath, model: Model = "smollm2-135m") -> None:
     """Check that a patch is whole, fits a model and gives the result it promises; nothing is written."""
-    from nse_tools.models import load_model
-    from nse_tools.sharing import inspect_patch, verify_patch
+    from nse_tools.io.patch import inspect_patch, verify_patch
+    from nse_tools.models.loading import load_model
 
     with errors_in_one_line():
         inspect_patch(patch)

@@ -17,10 +17,9 @@ from nse_tools.errors import FactError, NSEError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nse_tools.facts import FactList
+    from nse_tools.data.fact_list import FactList
 
 console = Console()
-
 Model = Annotated[str, typer.Option(help="'smollm2-135m', a hub id, a folder or a .gguf file.")]
 FACTS_HELP = (
     "'world' (facts the embedded model knows first), 'world-development' or 'world-test' (every fourth of them; the others), "
@@ -48,7 +47,8 @@ class errors_in_one_line:  # noqa: N801  (used like a function)
 
 def stream_of(facts: str) -> FactList:
     """Return the facts that an option names."""
-    from nse_tools.facts import load_facts, world_by_knowledge
+    from nse_tools.data.bundled import world_by_knowledge
+    from nse_tools.data.loading import load_facts
 
     return world_by_knowledge() if facts == "world" else load_facts(facts)
 

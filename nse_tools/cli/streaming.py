@@ -22,10 +22,11 @@ def stream(
     keep: Annotated[int, typer.Option(help="Rounds that stay in memory.")] = 3,
 ) -> None:
     """Write edits round by round as they come; a fact's newest target wins."""
-    from nse_tools.editing import EditSession
-    from nse_tools.models import load_model
-    from nse_tools.storage import holds_session
-    from nse_tools.streams import EditStream, JsonLines
+    from nse_tools.editing.session import EditSession
+    from nse_tools.io.saved_session import holds_session
+    from nse_tools.models.loading import load_model
+    from nse_tools.streams.edit_stream import EditStream
+    from nse_tools.streams.sources import JsonLines
 
     with errors_in_one_line():
         source = JsonLines(file, follow=follow)

@@ -1,9 +1,10 @@
-"""Settings for a model without preset, each measured on a few facts and shown with its evidence."""
+"""How settings follow from what was measured on a model: the rules of :func:`nse_tools.editing.calibrate`, as plain functions."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,22 +13,148 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nse_tools import _late
-from nse_tools._show import table_html
-from nse_tools.editing import proposals as rules
-from nse_tools.editing.keys import FactStates, hidden_states
-from nse_tools.editing.method import Method
-from nse_tools.editing.values import TargetValues, compute_values
-from nse_tools.errors import FactError
-from nse_tools.facts import Fact, FactList
-from nse_tools.models import EditableModel
-from nse_tools.tracing.causal import CausalTrace, causal_trace, first_token_ratio
+from nse_tools._repr import table_html
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.errors import FactError, ModelError
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.config import Method
+from nse_tools.steps.keys import SubjectStates, Keys, hidden_states
+from nse_tools.steps.solvers import PreservedMoments
+from nse_tools.steps.values import TargetValues, compute_values
+from nse_tools.tracing.causal_trace import CausalTrace, causal_trace, first_token_ratio
 from nse_tools.tracing.contexts import Contexts, sample_contexts
 from nse_tools.tracing.moments import SecondMoments, second_moments
 from nse_tools.tracing.prompts import locate_fact
 
-_log = logging.getLogger(__name__)
+WIDEST = 5
+"""Edited layers at most; the released settings have 5 or 6."""
+DEPTH = 0.25
+"""Depth of the last edited layer where no trace can be had, as a share of the model's (released: 0.26 to 0.36)."""
+PLATEAU = 0.98
+"""A layer is on the trace's plateau if it brings back this share of what the best layer does."""
+SINK_RATIO = 100.0
+"""Keys at the first token that are this many times larger (in ‖k‖²) than elsewhere write the attention sink."""
+LIKELY = 0.9
+"""p(target) at which a value search has arrived."""
+NEARLY_ALL = 0.9
+"""Share of the sample facts that a choice must work for."""
 
+
+def propose_layers(recovered: Tensor | None, sink_ratio: Tensor) -> tuple[int, ...]:
+    """Choose consecutive layers that end where the trace's plateau begins and hold no layer that writes the sink.
+
+    Parameters
+    ----------
+    recovered : Tensor, optional
+        Share of p(true target) that each layer's state brings back, (n_layers,); without it, depth alone decides.
+    sink_ratio : Tensor
+        Mean ‖k‖² at the first token over that at the others, (n_layers,).
+
+    Returns
+    -------
+    tuple of int
+        A sixth of the layers, :data:`WIDEST` at most. The window moves along the plateau until it is free of such
+        layers; where it is nowhere free, they are left out of the first one.
+
+    Raises
+    ------
+    ModelError
+        If every layer of the window writes the sink.
+    """
+    n_layers = len(sink_ratio)
+    width = max(1, min(WIDEST, round(n_layers / 6)))
+    if recovered is None:
+        ends = [round(DEPTH * (n_layers - 1))]
+    else:
+        ends = torch.nonzero(recovered >= PLATEAU * recovered.max())[:, 0].tolist()
+    windows = [tuple(layer for layer in range(end - width + 1, end + 1) if layer >= 0) for end in ends]
+    clear = [tuple(layer for layer in window if sink_ratio[layer] <= SINK_RATIO) for window in windows]
+    free = [kept for window, kept in zip(windows, clear, strict=True) if window == kept]
+    found = free[0] if free else clear[0]
+    if not found:
+        raise ModelError(f"Layers {windows[0]} all write the attention sink (first token's keys); choose layers yourself: layers=(…).")
+    return found
+
+
+def key_spectra(keys: Mapping[int, Keys], moments: SecondMoments) -> dict[int, Tensor]:
+    """Return the eigenvalues of Kᵀ C⁻¹ K for each layer, (n_facts,) float64: how large the facts' keys are in units of C.
+
+    Raises
+    ------
+    EditError
+        If C is singular; names the layer.
+    """
+    found = {}
+    for layer, k in keys.items():
+        columns = k.values.double().T
+        solved, _ = PreservedMoments(layer, moments[layer], 1.0).solve(torch.arange(len(columns)), columns)
+        found[layer] = torch.linalg.eigvalsh(columns.T @ solved).clamp(min=0)
+    return found
+
+
+def layer_shares(spectra: Mapping[int, Tensor], weight: float) -> dict[int, float]:
+    """Return the share of its residuals that each layer's solve closes.
+
+    ΔW K = R·G/(λ + G) in the eigenbasis of G = KᵀC⁻¹K (:func:`nse_tools.editing.solve_update` without old keys); the share is
+    the mean over its directions.
+    """
+    return {layer: float((g / (weight + g)).mean()) for layer, g in spectra.items()}
+
+
+def closed_share(spectra: Mapping[int, Tensor], weight: float) -> float:
+    """Return the share of the residuals that one pass closes: layer by layer 1/(layers left) of the rest is asked for.
+
+    It counts what the solves give, as if a layer's change reached h^L unchanged.
+    """
+    left = 1.0
+    for place, share in enumerate(layer_shares(spectra, weight)[layer] for layer in sorted(spectra)):
+        left *= 1 - share / (len(spectra) - place)
+    return 1 - left
+
+
+def propose_weight(spectra: Mapping[int, Tensor], share: float) -> float:
+    """Return the λ with which one pass closes a share of the residuals (by bisection of log λ; the share falls with λ)."""
+    low, high = -12.0, 15.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if closed_share(spectra, 10**middle) > share else (low, middle)
+    return 10**low
+
+
+def arrived(trace: pd.DataFrame, step: int) -> pd.Series:
+    """Say of each fact whether its value search had reached p(target) ≥ :data:`LIKELY` at a step (or stopped before)."""
+    return trace[trace.step <= step].groupby("fact", sort=False).probability.last() >= LIKELY
+
+
+def first_sufficient(shares: Mapping[float, float], otherwise: Mapping[float, float]) -> tuple[float, bool]:
+    """Return the first candidate that works for nearly all facts and True; or the one of least loss and False.
+
+    Parameters
+    ----------
+    shares : mapping of float to float
+        Candidate → share of the facts it works for, in the order of preference.
+    otherwise : mapping of float to float
+        Candidate → mean loss.
+    """
+    for candidate, share in shares.items():
+        if share >= NEARLY_ALL:
+            return candidate, True
+    return min(otherwise, key=lambda c: otherwise[c]), False
+
+
+def rounded(value: float, digits: int = 2) -> float:
+    """Round to significant digits: no setting is known better."""
+    return value if not value or not math.isfinite(value) else round(value, digits - 1 - math.floor(math.log10(abs(value))))
+
+
+def span(layers: Sequence[int]) -> str:
+    """Write layers as a range where they are one."""
+    consecutive = list(layers) == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1
+    return f"{layers[0]}–{layers[-1]}" if consecutive else ", ".join(map(str, layers))
+
+
+_log = logging.getLogger(__name__)
 FEWEST = 3
 """Facts that a calibration needs at least, and known ones that a trace does."""
 SAMPLE, SEARCHED = 16, 8
@@ -91,7 +218,7 @@ class Calibration:
     def __repr__(self) -> str:
         m = self.method
         return (
-            f"Calibration({self.model}, {len(self.fact_ids)} facts, seed {self.seed}: layers {rules.span(m.layers)}, v_lr {m.v_lr:g}, "
+            f"Calibration({self.model}, {len(self.fact_ids)} facts, seed {self.seed}: layers {span(m.layers)}, v_lr {m.v_lr:g}, "
             f"clamp {m.clamp_norm_factor:g}, λ {m.mom2_update_weight:g}, α {m.alpha:g}, upper bound {m.upper_bound:g})"
         )
 
@@ -101,7 +228,9 @@ class Calibration:
 
     def plot(self, **options: Any) -> Any:
         """Draw the evidence (:func:`nse_tools.plots.calibration`)."""
-        return _late.call("plots", "calibration", self, **options)
+        from nse_tools.plots.calibration import calibration
+
+        return calibration(self, **options)
 
 
 def calibrate(
@@ -195,7 +324,7 @@ def _layers(
         model.check_layers(given)
         chosen, why = Method("given", tuple(given)).layers, "Given."
     else:
-        chosen = rules.propose_layers(recovered, ratio)
+        chosen = propose_layers(recovered, ratio)
         why = _why_layers(chosen, recovered)
     table = pd.DataFrame({"layer": range(model.n_layers), "first_token_ratio": ratio.tolist()})
     table.insert(1, "recovered", recovered.tolist() if recovered is not None else float("nan"))
@@ -222,7 +351,7 @@ def _trace(model: EditableModel, facts: FactList, seed: int) -> CausalTrace | No
 
 def _why_layers(chosen: tuple[int, ...], recovered: Tensor | None) -> str:
     if recovered is None:
-        return f"No trace could be made: the window ends at {rules.DEPTH:.0%} of the depth, near the released settings."
+        return f"No trace could be made: the window ends at {DEPTH:.0%} of the depth, near the released settings."
     best, last = int(recovered.argmax()), chosen[-1]
     return (
         f"Restoring the subject's last token after layer {last} brings back {float(recovered[last]):.0%} of p(true target), about the "
@@ -233,27 +362,27 @@ def _why_layers(chosen: tuple[int, ...], recovered: Tensor | None) -> str:
 def _weight(
     model: EditableModel, facts: FactList, layers: tuple[int, ...], contexts: Contexts, moments: SecondMoments
 ) -> tuple[pd.DataFrame, _Choice]:
-    spectra = rules.key_spectra(FactStates.record(model, facts, contexts, layers[0], layers[-1]).keys(layers), moments)
-    weight = rules.rounded(rules.propose_weight(spectra, CLOSED))
+    spectra = key_spectra(SubjectStates.record(model, facts, contexts, layers[0], layers[-1]).keys(layers), moments)
+    weight = rounded(propose_weight(spectra, CLOSED))
     rows = []
     for value in sorted({*WEIGHTS, weight}):
-        shares = {f"layer {layer}": share for layer, share in rules.layer_shares(spectra, value).items()}
-        rows.append({"weight": value, "closed": rules.closed_share(spectra, value), **shares})
+        shares = {f"layer {layer}": share for layer, share in layer_shares(spectra, value).items()}
+        rows.append({"weight": value, "closed": closed_share(spectra, value), **shares})
     why = f"With it one pass closes {CLOSED:.0%} of the residuals of {len(facts)} facts, by their keys in units of C; more would move C."
     return pd.DataFrame(rows), ("mom2_update_weight", weight, why)
 
 
 def _rate(model: EditableModel, facts: FactList, contexts: Contexts, base: Method, norm_h0: float) -> tuple[pd.DataFrame, _Choice]:
     half = _STEPS // 2
-    candidates = [rules.rounded(stride * norm_h0 / model.d_model**0.5) for stride in STRIDES]
+    candidates = [rounded(stride * norm_h0 / model.d_model**0.5) for stride in STRIDES]
     traces, shares, losses = [], {}, {}
     for rate in candidates:
         trace = compute_values(model, facts, contexts, base.with_(v_lr=rate, v_num_grad_steps=half + 1)).trace
         traces.append(trace[["fact", "step", "loss", "probability"]].assign(v_lr=rate))
-        shares[rate] = float(rules.arrived(trace, half).mean())
+        shares[rate] = float(arrived(trace, half).mean())
         losses[rate] = float(trace.groupby("fact").loss.last().mean())
-    rate, enough = rules.first_sufficient(shares, losses)
-    goal = f"p(target) ≥ {rules.LIKELY:g} in half of the steps for {shares[rate]:.0%} of {len(facts)} facts"
+    rate, enough = first_sufficient(shares, losses)
+    goal = f"p(target) ≥ {LIKELY:g} in half of the steps for {shares[rate]:.0%} of {len(facts)} facts"
     why = f"The smallest rate tried that reaches {goal}." if enough else f"The lowest loss of those tried; it reaches {goal}."
     return pd.concat(traces, ignore_index=True), ("v_lr", rate, why)
 
@@ -263,12 +392,12 @@ def _clamp(model: EditableModel, facts: FactList, contexts: Contexts, base: Meth
     for clamp in CLAMPS:
         values = compute_values(model, facts, contexts, base.with_(clamp_norm_factor=clamp, v_num_grad_steps=_STEPS))
         tables.append(_ends(values).assign(clamp_norm_factor=clamp))
-        shares[clamp] = float(rules.arrived(values.trace, _STEPS).mean())
+        shares[clamp] = float(arrived(values.trace, _STEPS).mean())
         losses[clamp] = float(tables[-1].loss.mean())
-        if shares[clamp] >= rules.NEARLY_ALL:
+        if shares[clamp] >= NEARLY_ALL:
             break
-    clamp, enough = rules.first_sufficient(shares, losses)
-    goal = f"p(target) ≥ {rules.LIKELY:g} is reached for {shares[clamp]:.0%} of {len(facts)} facts"
+    clamp, enough = first_sufficient(shares, losses)
+    goal = f"p(target) ≥ {LIKELY:g} is reached for {shares[clamp]:.0%} of {len(facts)} facts"
     why = f"The smallest ball tried in which {goal}." if enough else f"The lowest loss of those tried; {goal}."
     return pd.concat(tables, ignore_index=True), ("clamp_norm_factor", clamp, why)
 
@@ -281,10 +410,10 @@ def _band(clamps: pd.DataFrame, clamp: float, h0: Tensor) -> tuple[_Choice, ...]
     distance = float(clamps[clamps.clamp_norm_factor == clamp].norm_delta.mean())
     longest = clamp * float(torch.max(h0))
     return (
-        ("alpha", rules.rounded(ALPHA_SHARE * distance), f"{ALPHA_SHARE:.0%} of the mean ‖z − h‖ before an edit ({distance:.3g})."),
+        ("alpha", rounded(ALPHA_SHARE * distance), f"{ALPHA_SHARE:.0%} of the mean ‖z − h‖ before an edit ({distance:.3g})."),
         (
             "upper_bound",
-            rules.rounded(BOUND_MARGIN * longest),
+            rounded(BOUND_MARGIN * longest),
             f"{BOUND_MARGIN:g} times clamp·‖h₀‖ of the largest state ({longest:.3g}), so that no fact is left out.",
         ),
     )

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nse_tools._show import table_html
+from nse_tools._repr import table_html
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
-from nse_tools.editing import methods
-from nse_tools.editing.method import Method
+from nse_tools import methods
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
 from nse_tools.editing.round_list import Rounds
-from nse_tools.editing.rounds import Replaced
-from nse_tools.editing.updates import LayerUpdate
-from nse_tools.editing.values import TargetValues
-from nse_tools.errors import EditError, FactError, SettingError
-from nse_tools.facts import Fact, FactList
-from nse_tools.models import EditableModel
-from nse_tools.models.interrupts import uninterrupted
-from nse_tools.models.weights import copy_of, write_weights
+from nse_tools.errors import FactError, SettingError
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.weights import copy_of, uninterrupted, write_weights
+from nse_tools.steps.config import Method
+from nse_tools.steps.records import Replaced
+from nse_tools.steps.update import first_bad
+from nse_tools.steps.values import TargetValues
 from nse_tools.tracing.moments import SecondMoments
 
 
@@ -136,54 +135,6 @@ def check_preset(method: Method, model: EditableModel) -> None:
             f"The preset {method.preset!r} was made for a model of shape {made_for}; {model.name} has {found}. "
             "Use its own preset, or preset=None with layers=… and settings for this model (alpha relative: band_unit='relative')."
         )
-
-
-# ---- during a round --------------------------------------------------------------------------------------------------
-def check_residuals(residuals: Tensor, fact_ids: Sequence[str], layer: int, step: str) -> None:
-    """Refuse states h or residuals z − h, (n_facts, d_model), that are not finite.
-
-    Raises
-    ------
-    EditError
-        Naming fact, layer and step.
-    """
-    if (bad := first_bad(residuals)) is not None:
-        raise EditError(
-            f"Fact {fact_ids[bad]!r}, {step}: its state at layer {layer} is not finite; the model may be broken already "
-            "(session.verify() compares its weights with the record), or its states overflow in half precision."
-        )
-
-
-def check_update(update: LayerUpdate, weight: Tensor, method: Method, step: str) -> None:
-    """Refuse an update that is not finite, or absurdly large beside the weight it is added to.
-
-    Raises
-    ------
-    EditError
-        Naming layer and step, and the fact where it can be told.
-    """
-    for name, part, facts_at in (("left", update.left, 1), ("right", update.right, 0)):
-        if (bad := first_bad(part.movedim(facts_at, 0))) is not None:
-            one_each = len(update.fact_ids) == part.shape[facts_at]
-            whose = f"Fact {update.fact_ids[bad]!r}, layer" if one_each else "Layer"
-            raise EditError(f"{whose} {update.layer}, {step}: the update is not finite (its {name} factor).")
-    norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-    if not update.norm <= method.max_update_norm * norm:
-        raise EditError(
-            f"Layer {update.layer}, {step}: ‖ΔW‖ is {update.norm:.3g}, {_ratio(update.norm, norm)} times ‖W‖ = {norm:.3g} and above "
-            f"max_update_norm={method.max_update_norm:g}. Such an update leaves nothing of the layer: take a larger mom2_update_weight or "
-            "key statistics of more tokens, or raise max_update_norm."
-        )
-
-
-def _ratio(norm: float, weight: float) -> str:
-    return f"{norm / weight:.3g}" if weight else "∞"
-
-
-def first_bad(rows: Tensor) -> int | None:
-    """Return the number of the first row that is not finite."""
-    bad = ~torch.isfinite(rows.reshape(len(rows), -1)).all(dim=1)
-    return int(bad.nonzero()[0]) if bool(bad.any()) else None
 
 
 # ---- around every verb -----------------------------------------------------------------------------------------------

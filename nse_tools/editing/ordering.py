@@ -1,4 +1,8 @@
-"""The order in which a stream's facts are edited."""
+"""Orders of a stream by how alike the facts' keys are: alike ones packed together, or spread apart.
+
+Old edits suffer most from new ones with similar keys. The two orders are stress tests: packed, a round's keys are as alike as
+they get; spread, every round is a mix, and what is alike is many facts apart.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,91 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nse_tools.editing.keys import collect_keys
+from nse_tools.data.fact_list import FactList
 from nse_tools.errors import SettingError, nearest
-from nse_tools.facts import FactList, packed_order, spread_order
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.keys import collect_keys
 from nse_tools.tracing.contexts import BARE, Contexts
+
+_REMEMBERED = 0.9
+"""How much of what came before counts one fact later, in :func:`spread_order`: the last ten facts or so matter."""
+
+
+def packed_order(keys: np.ndarray) -> list[int]:
+    """Put similar keys next to each other: from the first fact on, always the one most like the fact before.
+
+    Similarity is the cosine of the keys; of equals the one that is given first is taken.
+
+    Parameters
+    ----------
+    keys : ndarray
+        (n_facts, d_ff).
+
+    Returns
+    -------
+    list of int
+        Row numbers in the new order; the first stays first.
+
+    Raises
+    ------
+    SettingError
+        If the keys are not a matrix of finite rows that are not zero.
+    """
+    return _walk(keys, remembered=0.0, towards=1.0)
+
+
+def spread_order(keys: np.ndarray) -> list[int]:
+    """Put similar keys far apart: from the first fact on, always the one least like the facts before.
+
+    With unit keys u and those before in order 1 … t, the next is argmin_j u_j · Σ_i 0.9^(t−i) u_i; of equals the one given first.
+
+    Parameters
+    ----------
+    keys : ndarray
+        (n_facts, d_ff).
+
+    Returns
+    -------
+    list of int
+        Row numbers in the new order; the first stays first.
+
+    Raises
+    ------
+    SettingError
+        If the keys are not a matrix of finite rows that are not zero.
+    """
+    return _walk(keys, remembered=_REMEMBERED, towards=-1.0)
+
+
+def _walk(keys: np.ndarray, remembered: float, towards: float) -> list[int]:
+    """Go from fact to fact, always to the one most (``towards`` 1) or least (−1) like the faded sum of those before."""
+    unit = _unit_rows(keys)
+    order = [0][: len(unit)]
+    left = np.ones(len(unit), dtype=bool)
+    left[:1] = False
+    before = np.zeros(unit.shape[1])
+    while left.any():
+        before = remembered * before + unit[order[-1]]
+        order.append(_best(towards * (unit @ before), left))
+    return order
+
+
+def _best(score: np.ndarray, left: np.ndarray) -> int:
+    """Take the best of those left; what differs by rounding only counts as equal, so that every machine takes the same."""
+    best = int(np.argmax(np.where(left, np.round(score, 9), -np.inf)))
+    left[best] = False
+    return best
+
+
+def _unit_rows(keys: np.ndarray) -> np.ndarray:
+    rows = np.asarray(keys, dtype=np.float64)
+    if rows.ndim != 2:
+        raise SettingError(f"keys: expected a matrix (n_facts, d_ff), got shape {rows.shape}.")
+    norms = np.linalg.norm(rows, axis=1)
+    if bad := np.flatnonzero(~np.isfinite(norms) | (norms == 0)).tolist():
+        raise SettingError(f"keys: rows {bad[:5]} are zero or not finite; facts cannot be ordered by them.")
+    return rows / norms[:, None]
+
 
 _BY_KEYS: dict[str, Callable[[np.ndarray], list[int]]] = {"packed": packed_order, "spread": spread_order}
 ORDERS = ("given", "shuffled", *_BY_KEYS)

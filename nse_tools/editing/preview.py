@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from nse_tools._show import table_html
-from nse_tools.editing.neurons import NeuronSelection
-from nse_tools.editing.rounds import EditRound
+from nse_tools._repr import table_html
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
 from nse_tools.editing.turns import Turn
-from nse_tools.editing.values import TargetValues
-from nse_tools.facts import Fact, FactList
 from nse_tools.models.weights import copy_of, weights_in_place
+from nse_tools.steps.neurons import NeuronSelection
+from nse_tools.steps.records import EditRound
+from nse_tools.steps.values import TargetValues
 
 if TYPE_CHECKING:
     from nse_tools.editing.session import EditSession

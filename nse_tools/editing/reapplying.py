@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nse_tools.editing.keys import FactStates
-from nse_tools.editing.rounds import EditRound
-from nse_tools.editing.writing import Writer
 from nse_tools.errors import SettingError
 from nse_tools.models.weights import digest_of
+from nse_tools.steps.keys import SubjectStates
+from nse_tools.steps.records import EditRound
+from nse_tools.steps.update import Writer
 from nse_tools.tracing.contexts import Contexts
 
 
@@ -47,7 +47,7 @@ def reapply(writer: Writer, done: EditRound, number: int, layers: Sequence[int],
     for update in done.updates:
         writer.again(update)
     model, last = writer.model, done.values.layer
-    states = FactStates.record(model, done.facts, contexts, min(*layers, last), max(*layers, last))
+    states = SubjectStates.record(model, done.facts, contexts, min(*layers, last), max(*layers, last))
     residuals = (done.values.z - states.hidden(last)).norm(dim=1)
     return replace(
         done,

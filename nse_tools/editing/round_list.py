@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import overload
 
-from nse_tools.editing.keys import Keys
-from nse_tools.editing.rounds import EditRound, Replaced
+from nse_tools.steps.keys import Keys
+from nse_tools.steps.records import EditRound, Replaced
 
 
 class HeldRound:

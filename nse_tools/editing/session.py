@@ -6,34 +6,33 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from nse_tools import _late
-from nse_tools._show import table_html
-from nse_tools.editing import methods
-from nse_tools.editing.finetune import fine_tune
+from nse_tools import methods
+from nse_tools._repr import table_html
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
 from nse_tools.editing.guards import check_batch, check_keep, check_moments, check_preset, check_replaced, check_values
-from nse_tools.editing.history import KeyHistory
-from nse_tools.editing.method import Method
-from nse_tools.editing.past import Past
 from nse_tools.editing.preview import EditPreview, preview_edit
-from nse_tools.editing.replayed import replayed_values
-from nse_tools.editing.rome import write_one_by_one
-from nse_tools.editing.rounds import EditRound, Replaced
 from nse_tools.editing.time_travel import TimeTravel
+from nse_tools.editing.timeline import Past
 from nse_tools.editing.turns import Turn
-from nse_tools.editing.updating import Stopwatch, Written, preserved_moments, write_values
-from nse_tools.editing.value_cache import ValueCache
-from nse_tools.editing.values import TargetValues, compute_values
-from nse_tools.editing.writing import Writer
 from nse_tools.errors import SettingError, StateError
-from nse_tools.facts import Fact, FactList
-from nse_tools.models import EditableModel
-from nse_tools.models.executors import Executor
+from nse_tools.methods.finetune import fine_tune
+from nse_tools.methods.locate_then_edit import Stopwatch, Written, preserved_moments, write_values
+from nse_tools.methods.rome import write_one_by_one
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import digest_of, digest_of_weights
+from nse_tools.parallel.executor import Executor
+from nse_tools.steps._value_cache import ValueCache
+from nse_tools.steps.config import Method
+from nse_tools.steps.preserved import PreviousKeys
+from nse_tools.steps.records import EditRound, Replaced
+from nse_tools.steps.update import Writer
+from nse_tools.steps.values import TargetValues, compute_values, replayed_values
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
 
@@ -105,7 +104,7 @@ class EditSession(TimeTravel):
         """Results that other rooms keep with the session (scores); entries are keyed by the round they belong to."""
         self.name = "main"
         self._contexts, self._moments = contexts, moments
-        self._history = KeyHistory()
+        self._history = PreviousKeys()
         self._bases = None
         check_preset(self.method, model)
         model.check_layers(self.method.layers)
@@ -120,7 +119,9 @@ class EditSession(TimeTravel):
                 "nse.remove_patch), load the model anew, or go on from that session: session.branch()."
             )
         self.keep = check_keep(keep, autosave is not None)
-        self.autosave = None if autosave is None else _late.call("storage", "start_autosave", self, autosave)
+        from nse_tools.io.saved_session import start_autosave
+
+        self.autosave = None if autosave is None else start_autosave(self, autosave)
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
     def edit(self, facts: Fact | Sequence[Fact], values: TargetValues | None = None, *, replaces: Sequence[Replaced] = ()) -> EditRound:
@@ -136,7 +137,7 @@ class EditSession(TimeTravel):
             Their target values, where they are known already.
         replaces : sequence of Replaced
             Facts of earlier rounds that these correct. Their old keys, which would hold the old targets, leave the history before
-            the update is solved for (:class:`KeyHistory`); :class:`nse_tools.EditStream` finds them by itself.
+            the update is solved for (:class:`PreviousKeys`); :class:`nse_tools.EditStream` finds them by itself.
 
         Returns
         -------
@@ -214,15 +215,19 @@ class EditSession(TimeTravel):
     # ---- on disk -----------------------------------------------------------------------------------------------------
     def save(self, path: str | Path, **options: Any) -> None:
         """Write the session into a folder, from which it can be loaded (:func:`nse_tools.storage.save_session`)."""
-        _late.call("storage", "save_session", self, path, **options)
+        from nse_tools.io.saved_session import save_session
+
+        save_session(self, path, **options)
 
     @classmethod
     def load(cls, path: str | Path, model: EditableModel, **options: Any) -> EditSession:
         """Load a session into the unedited model it was made with (:func:`nse_tools.storage.load_session`)."""
-        session: EditSession = _late.call("storage", "load_session", path, model, **options)
+        from nse_tools.io.saved_session import load_session
+
+        session: EditSession = load_session(path, model, **options)
         return session
 
-    def export(self, path: str | Path, as_: str = "model", **options: Any) -> Any:
+    def export(self, path: str | Path, as_: Literal["model", "patch", "lora"] = "model", **options: Any) -> Any:
         """Write the edit for use without this session; it is read again and compared with this model before it is put in place.
 
         Parameters
@@ -251,40 +256,58 @@ class EditSession(TimeTravel):
             If it cannot be written or does not do what the edit does; nothing is left behind.
         """
         self._turn.check(self, own=False)
-        return _late.call("sharing", "export_session", self, path, as_, **options)
+        from nse_tools.io.export import export_session
+
+        return export_session(self, path, as_, **options)
 
     # ---- looking -----------------------------------------------------------------------------------------------------
     def scores(self, round: int | None = None, **options: Any) -> pd.DataFrame:
         """Return efficacy, generalization, specificity, … after each round, or after one (:func:`nse_tools.evaluation.session_scores`)."""
-        return _late.call("evaluation", "session_scores", self, round=round, **options)
+        from nse_tools.metrics.forgetting import session_scores
+
+        return session_scores(self, round=round, **options)
 
     def forgetting(self, **options: Any) -> Any:
         """Return the forgetting matrix M[t, s] (:func:`nse_tools.evaluation.forgetting_matrix`)."""
-        return _late.call("evaluation", "forgetting_matrix", self, **options)
+        from nse_tools.metrics.forgetting import forgetting_matrix
+
+        return forgetting_matrix(self, **options)
 
     def retention(self, **options: Any) -> Any:
         """Return what first and last round have kept at the end (:func:`nse_tools.evaluation.session_retention`)."""
-        return _late.call("evaluation", "session_retention", self, **options)
+        from nse_tools.metrics.forgetting import session_retention
+
+        return session_retention(self, **options)
 
     def drift(self, **options: Any) -> Any:
         """Return how far neutral text and weights have moved after each round (:func:`nse_tools.evaluation.session_drift`)."""
-        return _late.call("evaluation", "session_drift", self, **options)
+        from nse_tools.metrics.drift import session_drift
+
+        return session_drift(self, **options)
 
     def fluency(self, round: int | None = None, **options: Any) -> Any:
         """Return the fluency of what the model writes after a round (:func:`nse_tools.evaluation.session_fluency`)."""
-        return _late.call("evaluation", "session_fluency", self, round=round, **options)
+        from nse_tools.metrics.generation import session_fluency
+
+        return session_fluency(self, round=round, **options)
 
     def consistency(self, references: Any, round: int | None = None, **options: Any) -> Any:
         """Return its likeness to reference texts of the new targets (:func:`nse_tools.evaluation.session_consistency`)."""
-        return _late.call("evaluation", "session_consistency", self, references, round=round, **options)
+        from nse_tools.metrics.generation import session_consistency
+
+        return session_consistency(self, references, round=round, **options)
 
     def ability(self, tasks: str | Sequence[str] | None = None, **options: Any) -> Any:
         """Return how the model does at lm-eval's or our own tasks after some rounds (:func:`nse_tools.evaluation.session_ability`)."""
-        return _late.call("evaluation", "session_ability", self, tasks, **options)
+        from nse_tools.metrics.ability import session_ability
+
+        return session_ability(self, tasks, **options)
 
     def report(self, path: str | Path | None = None, **options: Any) -> Any:
         """Return, and write to ``path``, one HTML page with all that an appendix needs (:func:`nse_tools.figures.session_report`)."""
-        return _late.call("figures", "session_report", self, path, **options)
+        from nse_tools.figures.report import session_report
+
+        return session_report(self, path, **options)
 
     def residuals(self) -> pd.DataFrame:
         """Return the residuals of all rounds (:meth:`EditRound.residuals`)."""
@@ -321,7 +344,7 @@ class EditSession(TimeTravel):
         return table_html(self.to_frame(), head=self)
 
     def _write(
-        self, facts: FactList, values: TargetValues | None, watch: Stopwatch, writer: Writer, history: KeyHistory
+        self, facts: FactList, values: TargetValues | None, watch: Stopwatch, writer: Writer, history: PreviousKeys
     ) -> tuple[TargetValues, Written]:
         """Change the weights as the method's solver does; return the values and what was done."""
         model, method = self.model, self.method

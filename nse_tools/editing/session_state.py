@@ -8,21 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
+from nse_tools.data.fact_list import FactList
 from nse_tools.editing.guards import all_or_nothing, check_moments
-from nse_tools.editing.history import KeyHistory
-from nse_tools.editing.method import Method
-from nse_tools.editing.past import Checkpoint, Past, masters_after
 from nse_tools.editing.round_list import Rounds
-from nse_tools.editing.rounds import EditRound
-from nse_tools.editing.solvers import PreservedMoments
+from nse_tools.editing.timeline import Checkpoint, Past, masters_after
 from nse_tools.editing.turns import Turn
-from nse_tools.editing.value_cache import ValueCache
-from nse_tools.editing.writing import Writer
-from nse_tools.facts import FactList
-from nse_tools.models import EditableModel
-from nse_tools.models.executors import Executor
-from nse_tools.models.interrupts import uninterrupted
-from nse_tools.models.weights import write_weights
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.weights import uninterrupted, write_weights
+from nse_tools.parallel.executor import Executor
+from nse_tools.steps._value_cache import ValueCache
+from nse_tools.steps.config import Method
+from nse_tools.steps.preserved import PreviousKeys
+from nse_tools.steps.records import EditRound
+from nse_tools.steps.solvers import PreservedMoments
+from nse_tools.steps.update import Writer
 from nse_tools.tracing.contexts import Contexts, sample_contexts
 from nse_tools.tracing.moments import SecondMoments, second_moments
 
@@ -47,7 +46,7 @@ class SessionState:
     _contexts: Contexts | None
     _moments: SecondMoments | None
     _past: Past
-    _history: KeyHistory
+    _history: PreviousKeys
     _bases: tuple[Method, dict[int, PreservedMoments]] | None
     _masters: tuple[Rounds, dict[int, Tensor]] | None = None
     _turn: Turn
@@ -78,7 +77,7 @@ class SessionState:
         return self._contexts, self._moments
 
     @property
-    def history(self) -> KeyHistory:
+    def history(self) -> PreviousKeys:
         """Keys of all rounds so far."""
         rounds = self._past.rounds.held
         if not self._history.is_of(rounds):

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from nse_tools.editing.changes import ParameterChanges, parameter_changes
 from nse_tools.editing.guards import all_or_nothing
-from nse_tools.editing.past import replay, same_updates
 from nse_tools.editing.reapplying import reapply
 from nse_tools.editing.round_list import HeldRound, Rounds
-from nse_tools.editing.rounds import EditRound, Replaced
 from nse_tools.editing.session_state import SessionState
+from nse_tools.editing.timeline import replay, same_updates
 from nse_tools.editing.turns import Turn
 from nse_tools.editing.verification import Verification, verify_past
 from nse_tools.errors import SettingError, StateError
-from nse_tools.models import EditableModel
-from nse_tools.models.interrupts import surely_afterwards
-from nse_tools.models.weights import copy_of, digest_of, digest_of_weights, weights_in_place, write_weights
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.weights import copy_of, digest_of, digest_of_weights, surely_afterwards, weights_in_place, write_weights
+from nse_tools.steps.records import EditRound, Replaced
 
 
 class TimeTravel(SessionState):

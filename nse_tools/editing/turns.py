@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nse_tools.errors import StateError
-from nse_tools.models.interrupts import surely_afterwards
-from nse_tools.models.weights import digest_of
+from nse_tools.models.weights import digest_of, surely_afterwards
 
 if TYPE_CHECKING:
     from nse_tools.editing.time_travel import TimeTravel

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import pandas as pd
 from torch import Tensor
 
-from nse_tools._show import table_html
-from nse_tools.editing.method import Rounding
-from nse_tools.editing.past import Past, replay
+from nse_tools._repr import table_html
+from nse_tools.editing.timeline import Past, replay
 from nse_tools.models.weights import digest_of_weights
+from nse_tools.steps.config import Rounding
 
 
 @dataclass(frozen=True)

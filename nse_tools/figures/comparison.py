@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from nse_tools import plots
-from nse_tools.evaluation import Comparison
+from nse_tools.compare.result import Comparison
 from nse_tools.figures.folders import make_folder
 
 _DRAWN = {

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from nse_tools import plots
-from nse_tools._show import table_html
-from nse_tools.editing import EditSession, Method, methods
+from nse_tools import methods, plots
+from nse_tools._repr import table_html
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError
-from nse_tools.evaluation import ForgettingMatrix, forgetting_matrix, session_scores
-from nse_tools.evaluation.forgetting import usual_measure
-from nse_tools.facts import FactList
+from nse_tools.figures._provenance import settings_of
 from nse_tools.figures.folders import make_folder
-from nse_tools.figures.provenance import settings_of
-from nse_tools.models import EditableModel
+from nse_tools.metrics.forgetting import ForgettingMatrix, forgetting_matrix, session_scores, usual_measure
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.config import Method
 
 _log = logging.getLogger(__name__)
 

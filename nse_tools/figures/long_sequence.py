@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nse_tools._show import table_html
-from nse_tools.editing import EditSession
+from nse_tools._repr import table_html
+from nse_tools.compare.store import read_table
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StorageError, nearest
-from nse_tools.evaluation import ForgettingMatrix, LostFacts, lost_facts, update_spectra
-from nse_tools.evaluation.comparison_store import read_table
-from nse_tools.evaluation.forgetting import matrix_of, round_perplexity, round_scores
-from nse_tools.evaluation.lost import fates
-from nse_tools.evaluation.scores import REWRITE
+from nse_tools.figures._provenance import settings_of
 from nse_tools.figures.folders import make_folder
-from nse_tools.figures.provenance import settings_of
-from nse_tools.models.storage import digest_of_bytes, write_durably
+from nse_tools.metrics.forgetting import ForgettingMatrix, matrix_of, round_perplexity, round_scores
+from nse_tools.metrics.forgotten_facts import ForgottenFacts, statuses, forgotten_facts
+from nse_tools.metrics.scores import REWRITE
+from nse_tools.metrics.update_spectra import update_spectra
+from nse_tools.models.files import digest_of_bytes, write_durably
 
 MEASURES = {"efficacy": "success", "efficacy_accuracy": "accuracy"}
 _TABLES = ("facts", "answers", "effects", "rounds", "weights")
@@ -46,7 +46,7 @@ class LongSequence:
         after round t ``p_new`` and ``p_true`` (geometric means over the target's tokens), ``argmax`` (the likeliest first token),
         ``success`` (p_new > p_true) and ``accuracy`` (every token of the new target is the argmax), 0 or 1.
     effects : DataFrame
-        One row a fact and later round, means over layers (:meth:`LostFacts.by_round`).
+        One row a fact and later round, means over layers (:meth:`ForgottenFacts.by_round`).
     rounds : DataFrame
         One row a round: :meth:`EditSession.to_frame`, ``steps`` (mean of the value search), ``perplexity`` after it
         (missing if it was not taken).
@@ -88,7 +88,7 @@ class LongSequence:
             steps=[done.values.to_frame().steps.mean() for done in session],
             perplexity=[round_perplexity(session, done.number) if with_perplexity else np.nan for done in session],
         )
-        lost = lost_facts(session, matrix=answers_matrix(answers, "efficacy_accuracy"))  # which every fact has
+        lost = forgotten_facts(session, matrix=answers_matrix(answers, "efficacy_accuracy"))  # which every fact has
         facts = lost.facts[["fact", "edited_in_round", "text"]]
         settings = {"command": list(command), "notes": notes, **settings_of(session)}
         return cls(name, facts, answers, lost.by_round(), rounds, update_spectra(session).to_frame(), settings)
@@ -108,7 +108,7 @@ class LongSequence:
         """
         return answers_matrix(self.answers, measure)
 
-    def lost(self, measure: str = "efficacy") -> LostFacts:
+    def lost(self, measure: str = "efficacy") -> ForgottenFacts:
         """Return which facts were lost and when, and what later rounds did at their keys.
 
         Of ``effects`` the means over layers were kept, which stand there as the layer −1.
@@ -225,7 +225,7 @@ def answers_matrix(answers: pd.DataFrame, measure: str = "efficacy") -> Forgetti
     return matrix_of(per_fact, measure)
 
 
-def lost_of(facts: pd.DataFrame, answers: pd.DataFrame, effects: pd.DataFrame, measure: str = "efficacy") -> LostFacts:
-    """Return the fates that a sequence's tables tell (:meth:`LongSequence.lost`)."""
+def lost_of(facts: pd.DataFrame, answers: pd.DataFrame, effects: pd.DataFrame, measure: str = "efficacy") -> ForgottenFacts:
+    """Return the statuses that a sequence's tables tell (:meth:`LongSequence.lost`)."""
     texts = {(str(f), int(s)): str(text) for f, s, text in zip(facts.fact, facts.edited_in_round, facts.text, strict=True)}
-    return LostFacts(measure, fates(answers_matrix(answers, measure), texts), effects.assign(layer=-1))
+    return ForgottenFacts(measure, statuses(answers_matrix(answers, measure), texts), effects.assign(layer=-1))

@@ -11,13 +11,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nse_tools.editing import EditRound, EditSession
-from nse_tools.evaluation import ReferenceTexts, consistency, fluency, generate_texts, hidden_shift, round_scores, session_texts
-from nse_tools.evaluation.lost import beside_own
-from nse_tools.evaluation.neuron_usage import round_update
-from nse_tools.evaluation.scores import NEIGHBORHOOD, REWRITE
-from nse_tools.facts import Fact, FactList
-from nse_tools.models import EditableModel
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
+from nse_tools.metrics.drift import hidden_shift
+from nse_tools.metrics.forgetting import round_scores
+from nse_tools.metrics.forgotten_facts import beside_own
+from nse_tools.metrics.generation import ReferenceTexts, consistency, fluency, generate_texts, session_texts
+from nse_tools.metrics.neuron_reports import round_update
+from nse_tools.metrics.scores import NEIGHBORHOOD, REWRITE
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.records import EditRound
 
 WITH_TEXTS = ("answers", "shift")
 """The tables that quote facts: prompts, targets."""
@@ -180,7 +184,7 @@ def _of_round(done: EditRound, keys: Tensor, own: Tensor, later: Tensor, rewritt
 def written(session: EditSession, round: int, references: ReferenceTexts | None = None) -> pd.DataFrame:
     """Return how the model writes about edited facts, now and before all edits: a row a fact.
 
-    Columns ``fact``, ``fluency`` (bits, :func:`nse_tools.evaluation.fluency`), ``fluency_before`` and, with reference texts,
+    Columns ``fact``, ``fluency`` (bits, :func:`nse_tools.metrics.generation`), ``fluency_before`` and, with reference texts,
     ``consistency`` and ``consistency_before`` (cosine). Asked are up to 50 of the facts so far that have a generation prompt,
     evenly spread over them, each by its first one.
     """

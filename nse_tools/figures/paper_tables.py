@@ -7,11 +7,10 @@ from importlib.resources import files
 
 import pandas as pd
 
+from nse_tools.compare.result import UNEDITED, Comparison
 from nse_tools.errors import SettingError
-from nse_tools.evaluation import Comparison
-from nse_tools.evaluation.comparison import UNEDITED
-from nse_tools.evaluation.scores import SCORED, harmonic_mean
 from nse_tools.figures.runs import RECIPE
+from nse_tools.metrics.scores import SCORED, harmonic_mean
 
 Parts = Mapping[str, Comparison]
 TOLD = ("nse", "memit")

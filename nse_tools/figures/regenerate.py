@@ -19,9 +19,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from nse_tools import plots
+from nse_tools.compare.result import load_comparison
+from nse_tools.compare.store import read_table
 from nse_tools.errors import NSEError, SettingError, nearest
-from nse_tools.evaluation import load_comparison
-from nse_tools.evaluation.comparison_store import read_table
 from nse_tools.figures.long_sequence import answers_matrix, lost_of
 from nse_tools.figures.paper import FIGURES, draw_figure, find_figure
 
@@ -119,7 +119,7 @@ def _matrix(answers: pd.DataFrame) -> go.Figure:
 
 
 def _lost(facts: pd.DataFrame, answers: pd.DataFrame, effects: pd.DataFrame) -> go.Figure:
-    return plots.lost_facts(lost_of(facts, answers, effects, "efficacy_accuracy"))
+    return plots.forgotten_facts(lost_of(facts, answers, effects, "efficacy_accuracy"))
 
 
 def _of_sequence(name: str, *tables: str) -> tuple[str, ...]:

@@ -16,21 +16,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from nse_tools.editing import Method, methods, order_facts
+from nse_tools import methods
+from nse_tools.compare.result import Comparison, load_comparison
+from nse_tools.compare.runner import Measurement, compare
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.ordering import order_facts
 from nse_tools.errors import SettingError, nearest
-from nse_tools.evaluation import Comparison, ReferenceTexts, compare, load_comparison
-from nse_tools.evaluation.comparison_run import Measurement
-from nse_tools.facts import Fact, FactList
 from nse_tools.figures import measurements
-from nse_tools.models import EditableModel
+from nse_tools.metrics.generation import ReferenceTexts
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import STARTERS
 from nse_tools.tracing.corpus import Corpus, sample_corpus
 
 _SAMPLED = 5
 """Rounds of a long stream whose facts are asked again and again."""
 _log = logging.getLogger(__name__)
-
-
 RECIPE = "recipe"
 """The name, in the runs, of NSE with what the search for a better recipe found: the preset ``<preset>-recipe``, where there is one."""
 

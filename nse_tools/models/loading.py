@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from nse_tools.errors import MissingPackageError, ModelError
 from nse_tools.models import embedded
 from nse_tools.models.architecture import Architecture
-from nse_tools.models.editable import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.gguf_header import check_gguf
 from nse_tools.models.headers import HeaderError, check_weights_folder
 

@@ -1,21 +1,134 @@
-"""The edited layers' weights as loaded, and ways to run the model under other weights for a while."""
+"""Ctrl-C held back for the moment in which weights are put back."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nse_tools.errors import ModelError
-from nse_tools.models.interrupts import surely_afterwards
 from nse_tools.models.placement import tensors_of
 
 if TYPE_CHECKING:
-    from nse_tools.models.editable import EditableModel
+    from nse_tools.models.editable_model import EditableModel
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let a short ``with`` block finish before an interrupt (SIGINT) that arrives meanwhile takes effect.
+
+    Without it, a second Ctrl-C could stop the very code that cleans up after the first. Only the main thread receives
+    signals; in another thread, or where SIGINT is handled outside Python, the block simply runs.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    realised_fraction: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if arrived:
+        before(*arrived[0])
+
+
+@contextmanager
+def surely_afterwards(action: Callable[[], object]) -> Iterator[None]:
+    """Do something when a ``with`` block is left, however it is left, and let no interrupt come between.
+
+    Parameters
+    ----------
+    action : callable
+        What is done; it may be done twice, which must be the same as once.
+    """
+    try:
+        try:
+            yield
+        finally:
+            with uninterrupted():
+                action()
+    except BaseException:  # an interrupt may have come just before the line that holds interrupts back
+        with uninterrupted():
+            action()
+        raise
+
+
+_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def round_to_nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the nearest number of a dtype, ties to even; what is too large becomes infinite.
+
+    PyTorch goes from float64 to the half precisions by way of float32, which rounds twice: a number close to the middle
+    between two neighbours may then come out as the farther one.
+
+    Parameters
+    ----------
+    exact : Tensor
+        float64.
+    dtype : torch.dtype
+        A floating-point dtype.
+    """
+    found = exact.to(dtype)
+    if dtype.itemsize > 2:
+        return found
+    other = _neighbour(found, exact)
+    farther = (other.double() - exact).abs() < (found.double() - exact).abs()
+    return torch.where(farther & found.isfinite(), other, found)
+
+
+def round_by_chance(exact: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """Round to one of the two neighbours in a dtype, to each with a chance that makes the mean the exact number.
+
+    With neighbours a ≤ x ≤ b, x becomes b with probability (x − a)/(b − a). The draws depend on the seed and the shape
+    alone; they are made on the CPU, so that they are the same for every device.
+
+    Parameters
+    ----------
+    exact : Tensor
+        float64.
+    dtype : torch.dtype
+        A floating-point dtype.
+    seed : int
+        Seed of the draws.
+    """
+    found = exact.to(dtype)
+    other = _neighbour(found, exact)
+    chance = (exact - found.double()).abs() / (other.double() - found.double()).abs()
+    draws = torch.rand(exact.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(exact.device)
+    return torch.where(draws < chance, other, found)
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a master copy of weights is kept in: float32 for the half precisions, else float64."""
+    return torch.float32 if dtype.itemsize <= 2 else torch.float64
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return how far apart, relatively, two computations of the same states in a dtype may be, and still be the same computation.
+
+    Sums made in another order differ by some units of the last place; a step that is missing or wrong differs by more.
+    """
+    return max(1e-3, 8 * torch.finfo(dtype).eps)
+
+
+def _neighbour(found: Tensor, exact: Tensor) -> Tensor:
+    """Return the number of the same dtype next to ``found`` on the side where ``exact`` lies (below, where they are equal)."""
+    whole = _WHOLE[found.element_size()]
+    lowest = torch.iinfo(whole).min
+    bits = found.contiguous().view(whole)
+    order = torch.where(bits < 0, lowest - bits, bits)  # whole numbers that rise with the number; both zeros are 0
+    order = order + torch.where(exact > found.double(), 1, -1).to(whole)
+    return torch.where(order < 0, lowest - order, order).view(found.dtype)
 
 
 class OriginalWeights:

@@ -10,15 +10,16 @@ from pathlib import Path
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nse_tools._show import table_html
+from nse_tools._repr import table_html
 from nse_tools.errors import NSEError
-from nse_tools.models import Architecture, EditableModel, load_model
+from nse_tools.models.architecture import Architecture
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.loading import load_model
 from nse_tools.models.weights import checksum_of
 from nse_tools.planning import checks
 from nse_tools.planning.checks import Finding, Verdict
 
 _log = logging.getLogger(__name__)
-
 CHECKS: dict[str, Callable[[EditableModel], Finding]] = {
     "architecture": checks.architecture_of,
     "tokens": checks.tokens,

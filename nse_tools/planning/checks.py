@@ -9,25 +9,23 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nse_tools.editing.keys import collect_keys, hidden_states
-from nse_tools.editing.method import Method
-from nse_tools.editing.proposals import propose_layers
+from nse_tools.data.fact import Fact
+from nse_tools.editing.calibration import propose_layers
 from nse_tools.editing.session import EditSession
-from nse_tools.editing.values import compute_values
-from nse_tools.facts import Fact
-from nse_tools.models import ARCHITECTURES, EditableModel
-from nse_tools.models.architecture import stores_transposed
-from nse_tools.models.editable import hidden_of
+from nse_tools.models.architecture import ARCHITECTURES, stores_transposed
+from nse_tools.models.editable_model import EditableModel, hidden_of
 from nse_tools.models.weights import changed_layers, copy_of, digest_of
-from nse_tools.tracing.attention import packs_rows
+from nse_tools.steps.config import Method
+from nse_tools.steps.keys import collect_keys, hidden_states
+from nse_tools.steps.values import compute_values
+from nse_tools.tracing._engine.packed_attention import packs_rows
 from nse_tools.tracing.contexts import Contexts
+from nse_tools.tracing.hidden_states import LastTokenStates
 from nse_tools.tracing.moments import SecondMoments
 from nse_tools.tracing.prompts import LEAD, locate, locate_fact
-from nse_tools.tracing.states import LastTokenStates
 
 Verdict = Literal["ok", "warning", "problem"]
 Finding = tuple[Verdict, str, str]
-
 TRIAL = Fact("trial", "Eiffel Tower", "The {} is in the city of", "Rome")
 BARE = Contexts(("",))
 PROBES = (("The capital of {} is", "France"), ("{} was born in", "São Tomé"), ("Who wrote about {}", "東京 & Øresund"))
@@ -216,7 +214,7 @@ def reach(model: EditableModel) -> Finding:
 def short_way(model: EditableModel) -> Finding:
     """Which way of the value search gives the model's own states."""
     values = compute_values(model, [TRIAL], BARE, _trial_method(model, v_num_grad_steps=2))
-    if values.way == "whole":
+    if values.replay_mode == "whole":
         return (
             "warning",
             "the value search must run whole prompts: replaying only what follows the subject does not give the model's own states",

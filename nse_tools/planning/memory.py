@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nse_tools.editing.solvers import LOW_RANK
-from nse_tools.editing.value_search import MEMORY_BUDGET
 from nse_tools.planning.shape import Shape
 from nse_tools.planning.workload import Workload
-from nse_tools.tracing.batches import MAX_TOKENS
-from nse_tools.tracing.layouts import LONGEST_LINE
+from nse_tools.steps._value_optimizer import MEMORY_BUDGET
+from nse_tools.steps.solvers import LOW_RANK
+from nse_tools.tracing._engine.batching import MAX_TOKENS
+from nse_tools.tracing._engine.prefix_cache import LONGEST_LINE
 
 Where = Literal["device", "host"]
 STEPS = ("load", "statistics", "values", "update")
 """The steps that take memory, in their order; what the record keeps grows with the rounds and belongs to the last."""
-
 TEXT_ROWS, TEXT_LENGTH = 128, 128
 """Texts that are sampled at a time for key statistics, and their tokens."""
 

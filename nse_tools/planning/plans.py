@@ -11,18 +11,18 @@ import pandas as pd
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from nse_tools._show import table_html
-from nse_tools.editing import methods
-from nse_tools.editing.method import Method
-from nse_tools.editing.proposals import propose_layers
+from nse_tools import methods
+from nse_tools._repr import table_html
+from nse_tools.data.fact import Fact
+from nse_tools.editing.calibration import propose_layers
 from nse_tools.errors import ModelError, SettingError
-from nse_tools.facts import Fact
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.planning import operations
 from nse_tools.planning.advice import Advice, Limits, advise
 from nse_tools.planning.memory import STEPS, Part, all_parts, needed
 from nse_tools.planning.shape import Shape, config_of
 from nse_tools.planning.workload import Tokens, Workload, count_tokens, typical_tokens
+from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import Contexts
 
 GB = 1e9

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nse_tools.errors import ModelError
-from nse_tools.models import EditableModel
 from nse_tools.models.architecture import find_architecture, stores_transposed, submodule
+from nse_tools.models.editable_model import EditableModel
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from nse_tools.editing.method import Method
-from nse_tools.editing.value_search import SearchRow, search_rows
-from nse_tools.facts import Fact
-from nse_tools.models import EditableModel
+from nse_tools.data.fact import Fact
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps._value_optimizer import SearchRow, search_rows
+from nse_tools.steps.config import Method
+from nse_tools.tracing._engine.prefix_cache import common_heads, lay_out
 from nse_tools.tracing.contexts import Contexts
-from nse_tools.tracing.layouts import lay_out
-from nse_tools.tracing.prefixes import common_heads
 from nse_tools.tracing.prompts import continued, lead_of, locate_fact
 
 
@@ -107,7 +106,7 @@ def load(facts: int, contexts: int, prefix: int, suffix: int, targets: int, esse
 
 
 def load_of_rows(rows: Sequence[SearchRow]) -> Load:
-    """Return the load of rows of :func:`nse_tools.editing.value_search.search_rows`."""
+    """Return the load of rows of :func:`nse_tools.steps._value_optimizer.search_rows`."""
     before = [row.prompt.position for row in rows]
     heads, which = common_heads([row.prompt.ids[: row.prompt.position] for row in rows])
     shared = [len(heads[w]) for w in which]

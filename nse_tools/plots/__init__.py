@@ -6,9 +6,9 @@ from nse_tools.plots.comparison import comparison_curve
 from nse_tools.plots.disturbance import disturbance
 from nse_tools.plots.exporting import export, export_all
 from nse_tools.plots.forgetting import forgetting_cohorts, forgetting_curve, forgetting_matrix, retention
+from nse_tools.plots.forgotten_facts import forgotten_facts
 from nse_tools.plots.general import ability_curve, shift_planes
 from nse_tools.plots.grids import against_size, dots, long_stream, sensitivity, step_times
-from nse_tools.plots.lost import lost_facts
 from nse_tools.plots.measures import measures_grid
 from nse_tools.plots.neurons import neuron_card, neuron_map, neuron_overlap, neuron_scores, neuron_usage
 from nse_tools.plots.performance import cluster_scaling, round_seconds, search_speed
@@ -44,7 +44,7 @@ __all__ = [
     "layer_contributions",
     "logit_lens",
     "long_stream",
-    "lost_facts",
+    "forgotten_facts",
     "measures_grid",
     "neuron_card",
     "neuron_map",

@@ -44,7 +44,7 @@ def round_anatomy(
     _add_neurons(fig, neurons)
     _add_residuals(fig, residuals)
     _add_updates(fig, updates)
-    first, last = residuals[residuals.step == 0].residual.mean(), residuals[residuals.fate == "end"].residual.mean()
+    first, last = residuals[residuals.step == 0].residual.mean(), residuals[residuals.status == "end"].residual.mean()
     found = f"One round of {residuals.fact.nunique()} facts: mean distance to the target values {first:.1f} → {last:.2f}"
     return titled(fig, title or found)
 

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, panels
 
 if TYPE_CHECKING:
-    from nse_tools.editing import Calibration
+    from nse_tools.editing.calibration import Calibration
 
 _TRACE, _WEIGHT, _RATE = 1, 2, 3
 

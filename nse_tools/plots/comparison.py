@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from nse_tools.plots.theme import faint, figure, from_to, label, plain, style
 
 if TYPE_CHECKING:
-    from nse_tools.evaluation import Comparison
+    from nse_tools.compare.result import Comparison
 
 
 def comparison_curve(

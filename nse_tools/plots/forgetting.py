@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from nse_tools.plots.theme import COLORS, GUIDE, SEQUENTIAL, faint, figure, label, plain, style
 
 if TYPE_CHECKING:
-    from nse_tools.evaluation import ForgettingMatrix, Retention
+    from nse_tools.metrics.forgetting import ForgettingMatrix, Retention
 
 
 def forgetting_matrix(matrix: ForgettingMatrix, title: str | None = None) -> go.Figure:

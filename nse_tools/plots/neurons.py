@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 from nse_tools.plots.theme import COLORS, GUIDE, MEAN, SEQUENTIAL, figure, panels, plain, short, token
 
 if TYPE_CHECKING:
-    from nse_tools.editing import NeuronSelection
-    from nse_tools.evaluation import NeuronCard, NeuronMap, NeuronUsage
+    from nse_tools.metrics.neuron_reports import NeuronCard, NeuronMap, NeuronUsage
+    from nse_tools.steps.neurons import NeuronSelection
 
 
 def neuron_scores(selection: NeuronSelection, title: str | None = None) -> go.Figure:

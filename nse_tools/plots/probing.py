@@ -11,8 +11,9 @@ from nse_tools.errors import SettingError
 from nse_tools.plots.theme import COLORS, GUIDE, SEQUENTIAL, figure, plain, style, token
 
 if TYPE_CHECKING:
-    from nse_tools.evaluation import HiddenShift, PromptProbe
-    from nse_tools.tracing import LogitLens
+    from nse_tools.metrics.drift import HiddenShift
+    from nse_tools.metrics.probing import PromptProbe
+    from nse_tools.tracing.logit_lens import LogitLens
 
 
 def next_tokens(probe: PromptProbe, before: int | None = None, after: int | None = None, title: str | None = None) -> go.Figure:

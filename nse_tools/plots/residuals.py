@@ -12,7 +12,8 @@ import plotly.graph_objects as go
 from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, SEQUENTIAL, UNDER, fact_texts, figure, plain, short
 
 if TYPE_CHECKING:
-    from nse_tools.editing import EditRound, EditSession
+    from nse_tools.editing.session import EditSession
+    from nse_tools.steps.records import EditRound
 
 _TAKEN, _END = "taken", "end"
 _MARKS = {"below alpha": "·", "at or above upper bound": "✕", "not in this pass": "–"}
@@ -31,7 +32,7 @@ def residuals(source: EditRound | EditSession | pd.DataFrame, title: str | None 
     """
     table, texts = _table(source), fact_texts(source)
     several = table["round"].nunique() > 1
-    first, last = table[table.step == 0].residual.mean(), table[table.fate == _END].residual.mean()
+    first, last = table[table.step == 0].residual.mean(), table[table.status == _END].residual.mean()
     found = f"Mean distance to the target value: {first:.1f} → {last:.2f}"
     fig = figure(title or found, "before updating layer", "‖z − h‖ at the last edited layer", above=20, height=460)
     labels: list[str] = []
@@ -67,13 +68,13 @@ def residual_map(source: EditRound | EditSession | pd.DataFrame, title: str | No
     rows = table.drop_duplicates(["round", "fact"])[["round", "fact"]].itertuples(index=False)
     order = {(r, f): i for i, (r, f) in enumerate(rows)}
     labels = _labels(max((group for _, group in table.groupby("round")), key=lambda g: g.step.nunique()))
-    z, fates = np.full((len(order), len(labels)), np.nan), np.full((len(order), len(labels)), "", dtype=object)
+    z, statuses = np.full((len(order), len(labels)), np.nan), np.full((len(order), len(labels)), "", dtype=object)
     for row in table.itertuples():
-        at = labels.index("end") if row.fate == _END else int(row.step)  # type: ignore[arg-type]
+        at = labels.index("end") if row.status == _END else int(row.step)  # type: ignore[arg-type]
         place = order[row.round, row.fact]
-        z[place, at], fates[place, at] = row.residual, row.fate
+        z[place, at], statuses[place, at] = row.residual, row.status
     missed = skipped_facts(table)
-    first, last = table[table.step == 0].residual, table[table.fate == _END].residual
+    first, last = table[table.step == 0].residual, table[table.status == _END].residual
     found = f"Distance to the target value: {first.min():.3g} to {first.max():.3g} before, {last.min():.2g} to {last.max():.3g} after"
     if len(missed):
         found = f"Distance to the target value; {len(missed)} of {len(order)} facts were never edited"
@@ -94,11 +95,11 @@ def residual_map(source: EditRound | EditSession | pd.DataFrame, title: str | No
             y=list(range(len(order))),
             colorscale=SEQUENTIAL,
             colorbar=_decades(scale),
-            text=[[_MARKS.get(fate, "") for fate in row] for row in fates],
+            text=[[_MARKS.get(status, "") for status in row] for row in statuses],
             texttemplate="%{text}",
             textfont={"size": 13},
             customdata=[
-                [[plain(texts.get(f, f)), value, fate, r] for value, fate in zip(z[i], fates[i], strict=True)]
+                [[plain(texts.get(f, f)), value, status, r] for value, status in zip(z[i], statuses[i], strict=True)]
                 for (r, f), i in order.items()
             ],
             hovertemplate="%{customdata[0]}<br>round %{customdata[3]}, %{x}: ‖z − h‖ %{customdata[1]:.4g} "
@@ -173,18 +174,18 @@ def contributions(source: EditRound | EditSession | pd.DataFrame) -> pd.DataFram
     table = _table(source).sort_values(["round", "fact", "step"], kind="stable")
     groups = table.groupby(["round", "fact"], sort=False).residual
     closed = 100 * (table.residual - groups.shift(-1)) / groups.transform("first")
-    rows = table.assign(closed=closed)[table.fate == _TAKEN]
+    rows = table.assign(closed=closed)[table.status == _TAKEN]
     return rows[["round", "pass", "layer", "fact", "closed"]].astype({"layer": int}).reset_index(drop=True)
 
 
 def skipped_facts(source: EditRound | EditSession | pd.DataFrame) -> pd.DataFrame:
     """Return the facts that took part in no pass: ``round``, ``fact``, ``why`` (of the first pass), ``residual`` at the start."""
     table = _table(source)
-    edited = table.groupby(["round", "fact"]).fate.transform(lambda fates: (fates == _TAKEN).any())
+    edited = table.groupby(["round", "fact"]).status.transform(lambda statuses: (statuses == _TAKEN).any())
     first = table[~edited].drop_duplicates(["round", "fact"])
     return (
-        first[["round", "fact", "fate", "residual"]]
-        .rename(columns={"fate": "why"})
+        first[["round", "fact", "status", "residual"]]
+        .rename(columns={"status": "why"})
         .replace({"why": {_END: "no pass was made"}})
         .reset_index(drop=True)
     )
@@ -236,7 +237,7 @@ def _add_round(
         ordered = line.sort_values("step")
         x += [*(ordered.step + offset), None]
         y += [*ordered.residual, None]
-        text += [*(f"{plain(texts.get(str(fact), fact))} ({fate})" for fate in ordered.fate), None]
+        text += [*(f"{plain(texts.get(str(fact), fact))} ({status})" for status in ordered.status), None]
     fig.add_trace(
         go.Scatter(
             x=x,

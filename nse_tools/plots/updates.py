@@ -12,7 +12,7 @@ from nse_tools.plots.theme import GUIDE, panels, style
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nse_tools.evaluation import UpdateSpectra
+    from nse_tools.metrics.update_spectra import UpdateSpectra
 
 
 def update_norms(spectra: UpdateSpectra, title: str | None = None) -> go.Figure:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.editing import TargetValues
 from nse_tools.errors import SettingError, nearest
 from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, fact_texts, figure, plain
+from nse_tools.steps.values import TargetValues
 
 if TYPE_CHECKING:
-    from nse_tools.editing import EditRound, Method
+    from nse_tools.steps.config import Method
+    from nse_tools.steps.records import EditRound
 
 _LABELS = {
     "loss": "loss",

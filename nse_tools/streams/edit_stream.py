@@ -11,12 +11,13 @@ from typing import Any, Self
 
 import pandas as pd
 
-from nse_tools._show import table_html
-from nse_tools.editing import EditRound, EditSession
-from nse_tools.editing.rounds import ABOVE
+from nse_tools._repr import table_html
+from nse_tools.data.conflicts import questions_of
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import CollapseError, EditError, FactError, SettingError
-from nse_tools.facts import Fact, FactList
-from nse_tools.facts.conflicts import questions_of
+from nse_tools.steps.records import ABOVE, EditRound
 from nse_tools.streams.journal import CORRECTED, DUPLICATE, EDITED, OUTSIDE, REFUSED, SUPERSEDED, WRITTEN, Entry, Journal, Standing
 from nse_tools.streams.sources import Arrival, Ended, JsonLines, Place, source_of
 from nse_tools.tracing.prompts import locate_fact
@@ -318,7 +319,7 @@ def _left_out(record: EditRound) -> dict[str, str]:
     unit = sum(residuals) / len(residuals) if method.band_unit == "relative" else 1.0
     left = {}
     for fact, residual in zip(record.facts, residuals, strict=True):
-        fate = record.skipped.get(fact.id)
-        if fate == ABOVE or (fate == "no pass was made" and residual >= method.upper_bound * unit):
+        status = record.skipped.get(fact.id)
+        if status == ABOVE or (status == "no pass was made" and residual >= method.upper_bound * unit):
             left[fact.id] = f"{ABOVE} ({residual:.3g})"
     return left

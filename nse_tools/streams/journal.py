@@ -17,17 +17,16 @@ from typing import Any
 
 import pandas as pd
 
-from nse_tools.editing.rounds import Replaced
+from nse_tools.data.conflicts import questions_of
+from nse_tools.data.fact import Fact
 from nse_tools.errors import StorageError
-from nse_tools.facts import Fact
-from nse_tools.facts.conflicts import questions_of
+from nse_tools.steps.records import Replaced
 from nse_tools.streams.sources import Place
 
 FILE = "stream.sqlite"
 """The journal's name in the folder of a session."""
 EDITED, CORRECTED, DUPLICATE, SUPERSEDED, REFUSED, OUTSIDE = "edited", "corrected", "duplicate", "superseded", "refused", "outside"
 WRITTEN = (EDITED, CORRECTED, OUTSIDE)
-
 _FORMAT = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS steps (

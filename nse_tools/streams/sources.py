@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from nse_tools.data.fact import Fact
+from nse_tools.data.loading import read_record
 from nse_tools.errors import BusyError, FactError, StateError, StorageError
-from nse_tools.facts import Fact
-from nse_tools.facts.schemas import read_record
 
 LONGEST_LINE = 2**24
 """Bytes of a line at most; what is longer was not meant as one, and is set aside without being held in memory."""

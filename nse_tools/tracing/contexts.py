@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from nse_tools._show import table_html
+from nse_tools._repr import table_html
 from nse_tools.errors import SettingError
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing.prompts import LEAD
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")

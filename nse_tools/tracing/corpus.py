@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from nse_tools.errors import SettingError
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing.prompts import LEAD
 
 _log = logging.getLogger(__name__)

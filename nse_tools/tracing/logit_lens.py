@@ -10,11 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nse_tools import _late
-from nse_tools._show import table_html
+from nse_tools._repr import table_html
 from nse_tools.errors import SettingError
-from nse_tools.models import EditableModel
-from nse_tools.models.editable import hidden_of
+from nse_tools.models.editable_model import EditableModel, hidden_of
 from nse_tools.tracing.prompts import continued
 from nse_tools.tracing.remote import read_layers
 
@@ -75,7 +73,9 @@ class LogitLens:
 
     def plot(self, **options: Any) -> Any:
         """Draw layers × positions (:func:`nse_tools.plots.logit_lens`)."""
-        return _late.call("plots", "logit_lens", self, **options)
+        from nse_tools.plots.probing import logit_lens
+
+        return logit_lens(self, **options)
 
 
 @torch.no_grad()

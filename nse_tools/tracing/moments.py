@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nse_tools._show import table_html
+from nse_tools._repr import table_html
 from nse_tools.errors import SettingError
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.embedded import cache_folder
-from nse_tools.models.executors import Executor
-from nse_tools.models.storage import save_atomically
-from nse_tools.tracing.batches import batches, pad
+from nse_tools.models.files import save_atomically
+from nse_tools.parallel.executor import Executor
+from nse_tools.tracing._engine.batching import batches, pad
 from nse_tools.tracing.corpus import Corpus, sample_corpus
 
 _log = logging.getLogger(__name__)

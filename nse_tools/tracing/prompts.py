@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from nse_tools.data.fact import SLOT, Fact
 from nse_tools.errors import FactError, ModelError
-from nse_tools.facts.fact import SLOT, Fact
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 
 LEAD = "\n"
 """Neutral text put before a prompt whose subject would end at the very first token.
@@ -15,7 +15,6 @@ LEAD = "\n"
 The first token of a sequence is the attention sink: its state hardly depends on what it says, so that a subject there
 can neither be recognised nor edited. Tokenizers that add a BOS token never meet this case.
 """
-
 _log = logging.getLogger(__name__)
 
 
@@ -31,14 +30,14 @@ class LocatedPrompt:
         Index of the subject's last token.
     target_start : int
         Index of the target's first token; ``len(ids)`` where there is no target.
-    led : bool
+    prepended : bool
         Whether :data:`LEAD` was put in front.
     """
 
     ids: tuple[int, ...]
     position: int
     target_start: int
-    led: bool = False
+    prepended: bool = False
 
     @property
     def upto_subject(self) -> tuple[int, ...]:
@@ -81,14 +80,14 @@ def locate(model: EditableModel, prompt: str, subject: str, *, prefix: str = "",
     text = prefix + before + subject + after
     end = len(prefix + before + subject.rstrip())
     try:
-        found = _locate(model, text, end, target, led=False)
+        found = _locate(model, text, end, target, prepended=False)
     except ModelError as wrong:
         raise FactError(
             f"the tokenizer has no token for {text[end - 1]!r}, the end of the subject {subject!r:.80}, so that there is no place to edit "
             "it at; does its normalizer leave it out?"
         ) from wrong
     if found.position == 0:
-        found = _locate(model, LEAD + text, end + len(LEAD), target, led=True)
+        found = _locate(model, LEAD + text, end + len(LEAD), target, prepended=True)
         if found.position == 0:
             _log.warning("the subject of %r ends at the first token, which hardly depends on what it says", text)
     return found
@@ -111,7 +110,7 @@ def continued(model: EditableModel, text: str, target: str) -> LocatedPrompt:
         If the target tokenizes to nothing, or is not cut off from the text by a token border.
     """
     text = text.rstrip()
-    return _locate(model, text, len(text), target, led=False)
+    return _locate(model, text, len(text), target, prepended=False)
 
 
 def lead_of(model: EditableModel, text: str, subject: str) -> str:
@@ -121,7 +120,7 @@ def lead_of(model: EditableModel, text: str, subject: str) -> str:
     return LEAD if model.encode(text).last_token_before(len(subject.rstrip())) == 0 else ""
 
 
-def _locate(model: EditableModel, text: str, end: int, target: str | None, led: bool) -> LocatedPrompt:
+def _locate(model: EditableModel, text: str, end: int, target: str | None, prepended: bool) -> LocatedPrompt:
     text = text if target is None else text.rstrip()
     encoding = model.encode(text if target is None else f"{text} {target}")
     start = encoding.last_token_before(len(text)) + 1 if target is not None else len(encoding.ids)
@@ -131,4 +130,4 @@ def _locate(model: EditableModel, text: str, end: int, target: str | None, led: 
         raise FactError(f"{text!r:.80} takes {stop} tokens with its target, and {model.name} has room for {model.n_positions}.")
     if target is not None and start >= stop:
         raise FactError(f"the target {target!r} tokenizes to nothing after {text!r:.80}.")
-    return LocatedPrompt(encoding.ids[:stop], encoding.last_token_before(end), min(start, stop), led)
+    return LocatedPrompt(encoding.ids[:stop], encoding.last_token_before(end), min(start, stop), prepended)

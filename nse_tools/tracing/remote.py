@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from nse_tools.errors import StateError
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import changed_layers
-from nse_tools.tracing.batches import MAX_TOKENS, TokenBatch, batches, pad
+from nse_tools.tracing._engine.batching import MAX_TOKENS, TokenBatch, batches, pad
 
 
 def check_remote(model: EditableModel, remote: bool | str) -> None:

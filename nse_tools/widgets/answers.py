@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from nse_tools.widgets import markup
 
 if TYPE_CHECKING:
-    from nse_tools.editing import EditSession
-    from nse_tools.models import EditableModel
+    from nse_tools.editing.session import EditSession
+    from nse_tools.models.editable_model import EditableModel
 
 TOKENS = 4
 """How far a prompt is continued."""

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from nse_tools.editing import EditSession, Method, methods
+from nse_tools import methods
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, SettingError
-from nse_tools.facts import Fact, FactList
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import weights_in_place
-from nse_tools.tracing import Contexts, sample_contexts, second_moments
+from nse_tools.steps.config import Method
+from nse_tools.tracing.contexts import Contexts, sample_contexts
+from nse_tools.tracing.moments import second_moments
 from nse_tools.widgets.steps import Step, Steps, quiet
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from nse_tools.editing import EditSession
-from nse_tools.evaluation import NeuronCard, neuron_card, neuron_usage
+from nse_tools.editing.session import EditSession
+from nse_tools.metrics.neuron_reports import NeuronCard, neuron_card, neuron_usage
 
 
 class BrowseControl:

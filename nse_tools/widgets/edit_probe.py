@@ -6,9 +6,10 @@ from typing import Any
 
 import ipywidgets as ui
 
-from nse_tools.editing import EditPreview, EditSession
+from nse_tools.data.fact import Fact
+from nse_tools.editing.preview import EditPreview
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import NSEError
-from nse_tools.facts import Fact
 from nse_tools.widgets import markup
 from nse_tools.widgets.answers import comparison_html
 from nse_tools.widgets.panel import FILL, WIDE, Panel, button, field, lines_of, marked

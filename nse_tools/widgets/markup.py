@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from nse_tools._show import table_html
+from nse_tools._repr import table_html
 
 STYLE = """<style>
 .nse-panel { border: 1px solid var(--jp-border-color2, #bbb); border-radius: 4px; padding: 10px 14px; max-width: 980px; }

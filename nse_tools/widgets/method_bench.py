@@ -7,10 +7,10 @@ from typing import Any
 
 import ipywidgets as ui
 
-from nse_tools import plots
-from nse_tools.editing import Method, methods
-from nse_tools.facts import Fact
-from nse_tools.models import EditableModel
+from nse_tools import methods, plots
+from nse_tools.data.fact import Fact
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.config import Method
 from nse_tools.widgets import markup
 from nse_tools.widgets.bench_control import BenchControl
 from nse_tools.widgets.live_figure import LiveFigure

@@ -6,9 +6,9 @@ from typing import Any
 
 import ipywidgets as ui
 
-from nse_tools.editing import EditSession
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import NSEError
-from nse_tools.evaluation import NeuronCard
+from nse_tools.metrics.neuron_reports import NeuronCard
 from nse_tools.widgets import markup
 from nse_tools.widgets.browse_control import BrowseControl
 from nse_tools.widgets.panel import FILL, WIDE, Panel, button, explain, field, marked

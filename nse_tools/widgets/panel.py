@@ -15,7 +15,6 @@ from nse_tools.widgets.steps import Steps
 
 _log = logging.getLogger(__name__)
 _PAUSE = 0.05  # between live steps, in seconds: long enough for a click on "Stop" to be heard
-
 WIDE = {"width": "100%"}
 FILL = {"width": "auto"}
 """Layouts: all of the panel's width; all of what a field's place leaves (100 % and its margin would be cut off)."""

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nse_tools.editing import EditPreview, EditRound, EditSession
+from nse_tools.data.fact import SLOT, Fact
+from nse_tools.editing.preview import EditPreview
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError, StateError
-from nse_tools.facts import Fact
-from nse_tools.facts.fact import SLOT
-from nse_tools.tracing import locate
-from nse_tools.tracing.prompts import lead_of
+from nse_tools.steps.records import EditRound
+from nse_tools.tracing.prompts import lead_of, locate
 from nse_tools.widgets.answers import TOKENS, Compared, answers, compared
 from nse_tools.widgets.steps import Steps, in_order, quiet
 
@@ -30,13 +30,13 @@ class TokenView:
         The text of each token.
     edited : int
         Index of the subject's last token.
-    led : bool
+    prepended : bool
         Whether a line end was put in front, because the subject would have been the very first token.
     """
 
     pieces: tuple[str, ...]
     edited: int
-    led: bool
+    prepended: bool
 
 
 class ProbeControl:
@@ -89,7 +89,7 @@ class ProbeControl:
         """Return the tokens of a fact's prompt and the one that is edited."""
         model = self.session.model
         found = locate(model, fact.prompt, fact.subject)
-        return TokenView(tuple(model.tokenizer.decode([i]) for i in found.ids), found.position, found.led)
+        return TokenView(tuple(model.tokenizer.decode([i]) for i in found.ids), found.position, found.prepended)
 
     # ---- what can be done ----------------------------------------------------------------------------------------------
     @property
@@ -172,8 +172,8 @@ class ProbeControl:
             return asked
         kinds = [("the fact", fact.text), *(("paraphrase", p) for p in fact.paraphrases)]
         # as in editing and scoring: a subject at the very first token is given a lead
-        led = [(kind, lead_of(self.session.model, text, fact.subject) + text) for kind, text in kinds]
-        return [*led, *asked, *(("neighbour", p) for p in fact.neighborhood)]
+        prepended = [(kind, lead_of(self.session.model, text, fact.subject) + text) for kind, text in kinds]
+        return [*prepended, *asked, *(("neighbour", p) for p in fact.neighborhood)]
 
     def _id(self) -> str:
         return f"probe-{len(self.session) + 1}"

@@ -7,7 +7,7 @@ from typing import Any
 import ipywidgets as ui
 
 from nse_tools import plots
-from nse_tools.editing import EditSession
+from nse_tools.editing.session import EditSession
 from nse_tools.widgets import markup
 from nse_tools.widgets.answers import comparison_html
 from nse_tools.widgets.live_figure import LiveFigure

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from nse_tools.editing import EditSession, NeuronSelection
+from nse_tools.editing.session import EditSession
+from nse_tools.steps.neurons import NeuronSelection
 from nse_tools.widgets.answers import TOKENS, Compared, compared
 from nse_tools.widgets.steps import Steps, in_order, quiet
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nse_tools.editing import EditSession
+    from nse_tools.editing.session import EditSession
 
 
 @dataclass(frozen=True)

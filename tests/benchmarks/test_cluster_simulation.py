@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cluster_simulation import AHEAD, IN_FLIGHT, Costs, simulate, start_seconds
-from nse_tools.scale import dispatch, ray_executor
+from nse_tools.parallel import _dispatch as dispatch
+from nse_tools.parallel import ray_executor
 
 
 def costs(jobs: list[float], **others: float) -> Costs:

@@ -12,12 +12,13 @@ from torch import Tensor
 import plain
 import report
 import run_all
-from models_small import CONTEXTS, FACTS, build, moments_for
+from helpers.models import CONTEXTS, FACTS, build, moments_for
 from nse_tools import EditableModel, Keys, Method, collect_keys, compute_values, hidden_states, score_facts, second_moments
-from nse_tools.editing import KeyHistory, write_values
-from nse_tools.facts.world import world_facts
+from nse_tools.data.bundled import world_facts
+from nse_tools.methods.locate_then_edit import write_values
 from nse_tools.models import kernels
-from nse_tools.tracing import Corpus
+from nse_tools.steps.preserved import PreviousKeys
+from nse_tools.tracing.corpus import Corpus
 from round import difference, engine_round
 
 METHOD = Method("test", (0, 1, 2), v_lr=0.3, v_num_grad_steps=4, mom2_update_weight=2.0, neuron_threshold=0.8)
@@ -62,7 +63,7 @@ def test_a_whole_round(model: EditableModel, p: float) -> None:
 def test_a_round_with_old_keys_and_given_values(model: EditableModel) -> None:
     moments, draw = moments_for(model, METHOD.layers), torch.Generator().manual_seed(3)
     old = {layer: torch.randn(7, model.d_ff, generator=draw) for layer in METHOD.layers}
-    history = KeyHistory([{layer: Keys(layer, tuple("abcdefg"), k) for layer, k in old.items()}])
+    history = PreviousKeys([{layer: Keys(layer, tuple("abcdefg"), k) for layer, k in old.items()}])
     values = compute_values(model, FACTS, CONTEXTS, METHOD)
     before = {layer: model.weight(layer).clone() for layer in METHOD.layers}
     written = write_values(model, METHOD, FACTS, values, CONTEXTS, moments, history)

@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import nse_tools as nse
-from models_small import build
+from helpers.models import build
+from helpers.sharing import edited, forge, same, weights_of
 from nse_tools.cli import app
 from nse_tools.cli.shell import console
-from sharing_small import edited, forge, same, weights_of
 
 
 @pytest.fixture(scope="module")

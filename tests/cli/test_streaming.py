@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kept_small import session_of
-from models_small import build
+from helpers.kept import session_of
+from helpers.models import build
+from helpers.stream import FAST, fact, line_of
 from nse_tools.cli import app
-from nse_tools.editing import EditSession
-from nse_tools.storage import read_session
-from stream_small import FAST, fact, line_of
+from nse_tools.editing.session import EditSession
+from nse_tools.io.saved_session import read_session
 
 
 def test_a_file_goes_into_a_session_and_goes_on_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import nse_tools
-from pages_small import PAGES, Block, blocks, label, stage
+from helpers.pages import PAGES, Block, blocks, label, stage
 
 MEASURED = re.compile(r"[0-9a-f]{12,}|\d+\.\d+|\d{3,}")
 """Hashes and measured numbers, which may differ from machine to machine."""

@@ -13,9 +13,9 @@ import pytest
 import typer
 
 import nse_tools
+from helpers.pages import PAGES, ROOT, blocks, label, prose
 from nse_tools import errors
 from nse_tools.cli import app
-from pages_small import PAGES, ROOT, blocks, label, prose
 
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
 NAME = re.compile(r"(?<![\w.])nse\.(\w+(?:\.\w+)*)")

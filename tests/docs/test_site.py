@@ -19,8 +19,8 @@ import pandas as pd
 import pytest
 
 from browser.conftest import chromium  # noqa: F401
+from helpers.pages import ROOT
 from nse_tools import plots
-from pages_small import ROOT
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -105,7 +105,7 @@ def test_every_public_name_is_described(site: Path) -> None:
         if name != "methods":
             assert f'id="nse_tools.{name}"' in described, name
     for name in (
-        "nse_tools.editing.methods.memit",
+        "nse_tools.methods.memit",
         "nse_tools.plots.residuals",
         "nse_tools.errors.FactError",
         "nse_tools.EditSession.undo",

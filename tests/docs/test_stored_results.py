@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nse_tools.evaluation import load_comparison
-from pages_small import ROOT
+from helpers.pages import ROOT
+from nse_tools.compare.result import load_comparison
 
 RESULTS = ROOT / "docs" / "results"
 COMPARISONS = sorted(file.parent for file in RESULTS.rglob("comparison.json"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nse_tools.editing import ValueCache
+from nse_tools.steps._value_cache import ValueCache
 
 
 @pytest.fixture

@@ -10,14 +10,18 @@ import pytest
 import torch
 
 from calibration_check import beside_preset
-from known_small import known_to
-from models_small import CONTEXTS, FACTS, build, moments_for
-from nse_tools.editing import Calibration, EditSession, Keys, calibrate, collect_keys, hidden_states, proposals
+from helpers.known import known_to
+from helpers.models import CONTEXTS, FACTS, build, moments_for
+from nse_tools.data.bundled import known_facts
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing import calibration as proposals
+from nse_tools.editing.calibration import Calibration, calibrate
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError, ModelError, SettingError
-from nse_tools.facts import FactList, known_facts
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import digest_of
-from nse_tools.tracing import SecondMoments
+from nse_tools.steps.keys import Keys, collect_keys, hidden_states
+from nse_tools.tracing.moments import SecondMoments
 
 GIVEN = {"contexts": CONTEXTS, "progress": False}
 
@@ -93,8 +97,8 @@ def test_the_closed_share_is_what_dense_solves_give(model: EditableModel) -> Non
 
 def test_arrived_counts_facts_that_stopped_before() -> None:
     trace = pd.DataFrame({"fact": ["a", "a", "b", "b", "b"], "step": [0, 1, 0, 1, 2], "probability": [0.1, 0.95, 0.2, 0.5, 0.95]})
-    assert proposals.arrived(trace, 1).to_dict() == {"a": True, "b": False}
-    assert proposals.arrived(trace, 2).to_dict() == {"a": True, "b": True}
+    assert proposals.realised_fraction(trace, 1).to_dict() == {"a": True, "b": False}
+    assert proposals.realised_fraction(trace, 2).to_dict() == {"a": True, "b": True}
 
 
 def test_the_first_that_suffices_or_the_least_loss() -> None:

@@ -7,10 +7,19 @@ import copy
 import pytest
 import torch
 
-from nse_tools.editing import EditSession, KeyHistory, collect_keys, compute_values, hidden_states, methods, select_neurons, write_values
-from nse_tools.facts import Fact, FactList
-from nse_tools.models import EditableModel
-from nse_tools.tracing import Contexts, SecondMoments, load_corpus, second_moments
+from nse_tools import methods
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
+from nse_tools.methods.locate_then_edit import write_values
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.keys import collect_keys, hidden_states
+from nse_tools.steps.neurons import select_neurons
+from nse_tools.steps.preserved import PreviousKeys
+from nse_tools.steps.values import compute_values
+from nse_tools.tracing.contexts import Contexts
+from nse_tools.tracing.corpus import load_corpus
+from nse_tools.tracing.moments import SecondMoments, second_moments
 from reference import Reference, apart, update
 
 FACTS = FactList(
@@ -37,7 +46,7 @@ def made_up() -> SecondMoments:
 
 def test_values_agree_with_the_reference(smollm: EditableModel, naive: Reference) -> None:
     found = compute_values(smollm, FACTS, CONTEXTS, METHOD)
-    assert found.way == "suffix"
+    assert found.replay_mode == "suffix"
     for i, fact in enumerate(FACTS):
         expected = naive.value(fact, CONTEXTS.prefixes, METHOD)
         assert apart(found.h0[i], expected["h0"]) < 1e-5
@@ -61,7 +70,7 @@ def test_moments_agree_with_the_reference(smollm: EditableModel, naive: Referenc
 
 def test_the_first_update_agrees_with_the_reference(smollm: EditableModel, naive: Reference, made_up: SecondMoments) -> None:
     values = compute_values(smollm, FACTS, CONTEXTS, METHOD.with_(v_num_grad_steps=2))
-    written = write_values(smollm, METHOD, FACTS, values, CONTEXTS, made_up, KeyHistory())
+    written = write_values(smollm, METHOD, FACTS, values, CONTEXTS, made_up, PreviousKeys())
     step = written.passes[0].layers[5]
     keys = torch.stack([naive.key(f, CONTEXTS.prefixes, 5) for f in FACTS])
     residuals = torch.stack([values.z[i].double() - naive.hidden(f, 6) for i, f in enumerate(FACTS)])
@@ -72,7 +81,7 @@ def test_the_first_update_agrees_with_the_reference(smollm: EditableModel, naive
 
 
 def collect_with(values: torch.Tensor):
-    from nse_tools.editing import Keys
+    from nse_tools.steps.keys import Keys
 
     return Keys(5, tuple(FACTS.ids), values.float())
 

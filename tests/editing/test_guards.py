@@ -8,13 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models_small import CONTEXTS, FACTS, build, moments_for
-from nse_tools.editing import EditSession, compute_values, finetune, methods, rome, updating
-from nse_tools.editing.keys import FactStates
+from helpers.models import CONTEXTS, FACTS, build, moments_for
+from helpers.sessions import BATCHES, LAYERS, METHOD, edit, same, session_of, values_of, weights
+from nse_tools import methods
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, SettingError, StateError
-from nse_tools.models import load_model
-from nse_tools.tracing import SecondMoments
-from sessions_small import BATCHES, LAYERS, METHOD, edit, same, session_of, values_of, weights
+from nse_tools.methods import finetune, rome
+from nse_tools.methods import locate_then_edit as updating
+from nse_tools.models.loading import load_model
+from nse_tools.steps.keys import SubjectStates
+from nse_tools.steps.values import compute_values
+from nse_tools.tracing.moments import SecondMoments
 
 NAN, INF = float("nan"), float("inf")
 
@@ -76,15 +80,15 @@ def test_weights_that_are_not_finite_are_refused_when_a_model_is_wrapped_or_a_se
 # ---- during a round --------------------------------------------------------------------------------------------------
 def poisoned(monkeypatch: pytest.MonkeyPatch, layer: int, row: int) -> None:
     """Let one fact's state leave one layer as NaN."""
-    real = FactStates.hidden
+    real = SubjectStates.hidden
 
-    def hidden(self: FactStates, asked: int) -> torch.Tensor:
+    def hidden(self: SubjectStates, asked: int) -> torch.Tensor:
         found = real(self, asked)
         if asked == layer:
             found[row, 0] = NAN
         return found
 
-    monkeypatch.setattr(FactStates, "hidden", hidden)
+    monkeypatch.setattr(SubjectStates, "hidden", hidden)
 
 
 def test_states_that_are_not_finite_name_fact_layer_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,14 +101,14 @@ def test_states_that_are_not_finite_name_fact_layer_and_step(monkeypatch: pytest
 def test_a_broken_state_after_the_first_update_names_the_layer_that_was_next(monkeypatch: pytest.MonkeyPatch) -> None:
     session = session_of()
     values_of(0)
-    real, calls = FactStates.hidden, []
+    real, calls = SubjectStates.hidden, []
 
-    def hidden(self: FactStates, asked: int) -> torch.Tensor:
+    def hidden(self: SubjectStates, asked: int) -> torch.Tensor:
         calls.append(asked)
         found = real(self, asked)
         return found if len(calls) < 3 else found * INF
 
-    monkeypatch.setattr(FactStates, "hidden", hidden)
+    monkeypatch.setattr(SubjectStates, "hidden", hidden)
     refused(session, "Fact 'middle', before the update of layer 2: its state at layer 2 is not finite", lambda: edit(session, 0))
 
 

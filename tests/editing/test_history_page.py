@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from models_small import build, moments_for
-from nse_tools.editing import EditSession, Method
-from nse_tools.facts import Fact, FactList
-from nse_tools.tracing import Contexts
+from helpers.models import build, moments_for
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
+from nse_tools.steps.config import Method
+from nse_tools.tracing.contexts import Contexts
 
 PAGE = (Path(__file__).parents[2] / "docs" / "history.md").read_text(encoding="utf-8")
 FACTS = FactList([Fact(str(i), f"Rome {i}", "The city of {} is in", "Japan", target_true="Italy") for i in range(8)])

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import nse_tools
-from nse_tools.editing import EditSession, reapplying
+from helpers.sessions import edit, same, session_of, weights
+from nse_tools.editing import reapplying
+from nse_tools.editing.session import EditSession
 from nse_tools.editing.turns import Turn
-from nse_tools.models.interrupts import uninterrupted
-from nse_tools.models.weights import weights_in_place
-from sessions_small import edit, same, session_of, weights
+from nse_tools.models.weights import uninterrupted, weights_in_place
 
 HOME = str(Path(nse_tools.__file__).parent)
 N_POINTS = 40

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models_small import CONTEXTS, FACTS, build, moments_for
-from nse_tools.editing import Method, compute_values
-from nse_tools.editing.history import KeyHistory
-from nse_tools.editing.updating import write_values
+from helpers.models import CONTEXTS, FACTS, build, moments_for
+from nse_tools.methods.locate_then_edit import write_values
+from nse_tools.steps.config import Method
+from nse_tools.steps.preserved import PreviousKeys
+from nse_tools.steps.values import compute_values
 
 METHOD = Method("memory", layers=(1, 2), v_num_grad_steps=3, mom2_update_weight=0.1)
 STATUS = Path("/proc/self/status")
@@ -46,7 +47,7 @@ def test_rounds_that_are_put_back_leave_nothing_behind() -> None:
     before = {layer: model.weight(layer).clone() for layer in METHOD.layers}
     counts = []
     for _ in range(4):
-        write_values(model, METHOD, FACTS, values, CONTEXTS, moments, KeyHistory())
+        write_values(model, METHOD, FACTS, values, CONTEXTS, moments, PreviousKeys())
         for layer, weight in before.items():
             model.weight(layer).copy_(weight)
         counts.append(tensors())

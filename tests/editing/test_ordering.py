@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models_small import CONTEXTS, FACTS, build
-from nse_tools.editing import collect_keys, order_facts
+from helpers.models import CONTEXTS, FACTS, build
+from nse_tools.editing.ordering import order_facts, packed_order, spread_order
 from nse_tools.errors import SettingError
-from nse_tools.facts import packed_order, spread_order
+from nse_tools.steps.keys import collect_keys
 
 
 def test_orders_by_name() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models_small import CONTEXTS, FACTS, build, moments_for
-from nse_tools.editing import EditPreview, EditSession, Method, updating
+from helpers.models import CONTEXTS, FACTS, build, moments_for
+from helpers.shown import bits, same
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.preview import EditPreview
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, StateError
-from nse_tools.facts import FactList
-from shown_small import bits, same
+from nse_tools.methods import locate_then_edit as updating
+from nse_tools.steps.config import Method
 
 LAYERS = (0, 2)
 METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.7)

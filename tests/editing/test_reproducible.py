@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from models_small import FACTS, build
-from nse_tools.editing import EditSession, Method
+from helpers.models import FACTS, build
+from helpers.sessions import METHOD
+from nse_tools.editing.session import EditSession
 from nse_tools.models.weights import digest_of
-from sessions_small import METHOD
+from nse_tools.steps.config import Method
 
 RUN = METHOD.with_(layers=(1, 2), neuron_threshold=0.8)
 PROGRAM = """

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nse_tools.editing import KeyHistory, hidden_states
+from helpers.sessions import BATCHES, LAYERS, METHOD, edit, same, session_of, weights
 from nse_tools.editing.changes import effective_rank
 from nse_tools.errors import SettingError, StateError
-from sessions_small import BATCHES, LAYERS, METHOD, edit, same, session_of, weights
+from nse_tools.steps.keys import hidden_states
+from nse_tools.steps.preserved import PreviousKeys
 
 
 # ---- one round out or over -------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ def test_dropping_a_round_leaves_the_sum_of_the_others() -> None:
         assert left.tolist() == pytest.approx(list(done.final_residuals), rel=1e-4)
     assert session.rounds[1].final_residuals != rounds[2].final_residuals
     assert session.verify().ok
-    naive = KeyHistory([r.final_keys for r in session.rounds])
+    naive = PreviousKeys([r.final_keys for r in session.rounds])
     assert torch.equal(session.history.matrix(0), naive.matrix(0))
     with pytest.raises(SettingError, match="nothing to redo"):
         session.redo()

@@ -7,12 +7,17 @@ import logging
 import pytest
 import torch
 
-from models_small import CONTEXTS, FACTS, NAMES, build, moments_for
-from nse_tools.editing import EditSession, Method, compute_values, methods, updating
-from nse_tools.editing import values as values_module
+from helpers.models import CONTEXTS, FACTS, NAMES, build, moments_for
+from nse_tools import methods
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, ModelError, SettingError, StateError
-from nse_tools.facts import Fact, FactList
-from nse_tools.models import EditableModel
+from nse_tools.methods import locate_then_edit as updating
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps import values as values_module
+from nse_tools.steps.config import Method
+from nse_tools.steps.values import compute_values
 from reference import apart
 
 LAYERS = (0, 2)
@@ -145,7 +150,7 @@ def test_an_interrupted_value_search_puts_the_current_weights_back(monkeypatch: 
         assert not same(all_weights(session.model), state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(values_module.ValueSearch, "run", breaking)
+    monkeypatch.setattr(values_module.ValueOptimizer, "run", breaking)
     with pytest.raises(KeyboardInterrupt):
         session.edit(TWO)
     assert same(all_weights(session.model), state)
@@ -167,7 +172,7 @@ def test_rounds_are_the_four_steps_in_a_row() -> None:
         done.selection(1)
     table = done.residuals()
     assert len(table) == (4 + 1) * 3
-    assert table.fate.iloc[-1] == "end"
+    assert table.status.iloc[-1] == "end"
     assert table[table.step == 4].residual.tolist() == pytest.approx(list(done.final_residuals))
     assert done.to_frame().facts.tolist() == [3, 3, 3, 3]
     assert session.residuals().equals(table)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from models_small import build
+from helpers.models import build
+from helpers.sessions import BATCHES, edit, same, session_of, values_of, weights
 from nse_tools.errors import NSEError, SettingError, StateError
-from sessions_small import BATCHES, edit, same, session_of, values_of, weights
 
 
 # ---- undo and redo ---------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from models_small import CONTEXTS
-from nse_tools.editing import EditRound, EditSession
+from helpers.models import CONTEXTS
+from helpers.sessions import BATCHES, LAYERS, METHOD, edit, session_of, weights
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StateError
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import write_weights
-from nse_tools.tracing import SecondMoments
-from sessions_small import BATCHES, LAYERS, METHOD, edit, session_of, weights
+from nse_tools.steps.records import EditRound
+from nse_tools.tracing.moments import SecondMoments
 
 Weights = list[torch.Tensor]
 ONE_PASS = METHOD.with_(passes=1)

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from models_small import build
-from nse_tools.editing import EditSession
-from nse_tools.evaluation import (
-    passages,
-)
+from helpers.models import build
+from helpers.paper import FACTS, SETTINGS, SIZES, SOME
+from nse_tools.editing.session import EditSession
 from nse_tools.figures.runs import make_run
-from nse_tools.models import EditableModel
-from paper_small import FACTS, SETTINGS, SIZES, SOME
+from nse_tools.metrics.perplexity import passages
+from nse_tools.models.editable_model import EditableModel
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +23,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EditableModel]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NSE_TOOLS_CACHE", str(tmp_path_factory.mktemp("cache")))
         for module in ("perplexity", "drift"):
-            patch.setattr(sys.modules[f"nse_tools.evaluation.{module}"], "passages", lambda: short)
+            patch.setattr(sys.modules[f"nse_tools.metrics.{module}"], "passages", lambda: short)
         patch.setattr(EditSession, "ability", lambda session, **options: whole(session, limit=2, **options))
         yield build("llama", "bos")
 

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from models_small import build
+from helpers.models import build
 from nse_tools.cli import app, comparison_table
-from nse_tools.evaluation import load_comparison
-from nse_tools.facts import Fact
+from nse_tools.compare.result import load_comparison
+from nse_tools.data.fact import Fact
 
 RECORDS = [
     Fact("a", "Darrieux", "The tongue of {} is", "Rome", "French", paraphrases=("Darrieux speaks",), neighborhood=("Berlin plays the",)),

@@ -10,14 +10,18 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
-from models_small import CONTEXTS, build, moments_for
+from helpers.models import CONTEXTS, build, moments_for
 from nse_tools.cli import app, score_table
 from nse_tools.cli.shell import some_of
-from nse_tools.editing import EditSession, Method
+from nse_tools.data.bundled import known_facts, world_by_knowledge
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError
-from nse_tools.facts import Fact, FactList, known_facts, world_by_knowledge
-from nse_tools.figures import StreamResult, demo, run_stream, save_stream
-from nse_tools.models import EditableModel
+from nse_tools.figures import demo
+from nse_tools.figures.demo import StreamResult, run_stream, save_stream
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.config import Method
 
 
 @pytest.fixture(scope="module")

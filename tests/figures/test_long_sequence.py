@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 import torch
 
+from helpers.three_rounds import session_of
 from nse_tools.errors import SettingError, StorageError
-from nse_tools.evaluation import lost_facts, update_spectra
-from nse_tools.figures import LongSequence
-from three_rounds_small import session_of
+from nse_tools.figures.long_sequence import LongSequence
+from nse_tools.metrics.forgotten_facts import forgotten_facts
+from nse_tools.metrics.update_spectra import update_spectra
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def sequence(saved: Path, monkeypatch: pytest.MonkeyPatch) -> LongSequence:
 def test_matrix_and_fates_are_the_sessions(sequence: LongSequence, measure: str) -> None:
     matrix = session_of().forgetting(measure=measure)
     np.testing.assert_allclose(sequence.matrix(measure).values, matrix.values)
-    stored, lost = sequence.lost(measure), lost_facts(session_of(), matrix=matrix)
+    stored, lost = sequence.lost(measure), forgotten_facts(session_of(), matrix=matrix)
     pd.testing.assert_frame_equal(stored.facts, lost.facts)
     pd.testing.assert_frame_equal(stored.by_round(), lost.by_round(), rtol=1e-4, check_dtype=False)
     pd.testing.assert_frame_equal(stored.to_frame(), lost.to_frame(), rtol=1e-4, check_dtype=False)
@@ -83,7 +84,7 @@ def test_one_fact_through_the_rounds(sequence: LongSequence) -> None:
     own = sequence.fact("b")
     assert own.after_round.tolist() == [1, 2, 3]
     assert own.push.isna().tolist() == [True, False, False]
-    did = lost_facts(session_of()).by_round().set_index(["fact", "round"])
+    did = forgotten_facts(session_of()).by_round().set_index(["fact", "round"])
     assert own.push.iloc[2] == pytest.approx(did.push["b", 3], rel=1e-4)
     with pytest.raises(SettingError, match="was not edited"):
         sequence.fact("f")

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nse_tools.editing import methods
-from nse_tools.facts import FactList, known_facts, load_facts
-from nse_tools.figures import StreamResult, run_stream
-from nse_tools.models import EditableModel
+from nse_tools import methods
+from nse_tools.data.bundled import known_facts
+from nse_tools.data.fact_list import FactList
+from nse_tools.data.loading import load_facts
+from nse_tools.figures.demo import StreamResult, run_stream
+from nse_tools.models.editable_model import EditableModel
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 COUNTERFACT = Path(__file__).parents[2] / ".." / "shared" / "data" / "counterfact_200.json"

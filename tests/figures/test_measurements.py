@@ -9,21 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from nse_tools import plots
-from nse_tools.editing import EditSession, methods
-from nse_tools.evaluation import (
-    consistency,
-    fluency,
-    generate_texts,
-    load_reference_texts,
-    score_facts,
-)
-from nse_tools.facts import FactList
+from helpers.paper import FACTS, SETTINGS
+from nse_tools import methods, plots
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
 from nse_tools.figures import measurements
 from nse_tools.figures.runs import load_run
-from nse_tools.models import EditableModel
-from nse_tools.tracing import sample_contexts
-from paper_small import FACTS, SETTINGS
+from nse_tools.metrics.generation import consistency, fluency, generate_texts, load_reference_texts
+from nse_tools.metrics.scores import score_facts
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.tracing.contexts import sample_contexts
 
 
 def test_neighbors_are_told_apart_by_whether_their_subject_is_edited(small: EditableModel) -> None:

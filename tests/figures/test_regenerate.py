@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nse_tools import plots
+from nse_tools.compare.store import Cell, ComparisonFolder
 from nse_tools.errors import NSEError, SettingError
-from nse_tools.evaluation.comparison_store import Cell, ComparisonFolder
 from nse_tools.figures.paper import FIGURES
 from nse_tools.figures.regenerate import RECIPES, compared, figure_data, main, regenerate
 

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from models_small import build, moments_for
-from nse_tools.editing import EditSession, Method, methods
+from helpers.models import build, moments_for
+from nse_tools import methods
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import StorageError
-from nse_tools.facts import Fact, FactList
-from nse_tools.figures import Report, session_report
 from nse_tools.figures import report as report_module
-from nse_tools.tracing import Contexts
+from nse_tools.figures.report import Report, session_report
+from nse_tools.steps.config import Method
+from nse_tools.tracing.contexts import Contexts
 
 EVIL = "<script src=//a>"
 LAYERS = (1, 2)

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from nse_tools.editing import methods
+from helpers.pages import ROOT
+from helpers.paper import SETTINGS
+from nse_tools import methods
+from nse_tools.data.bundled import world_by_knowledge
+from nse_tools.data.loading import load_facts
 from nse_tools.errors import SettingError
-from nse_tools.facts import load_facts, world_by_knowledge
 from nse_tools.figures.runs import RUNS, Maker, RunSize, load_run, variant_name
 from nse_tools.tracing.contexts import STARTERS
-from pages_small import ROOT
-from paper_small import SETTINGS
 
 STORED = ROOT / "docs" / "results" / "paper"
 

@@ -11,16 +11,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nse_tools.editing import EditSession, Method
-from nse_tools.evaluation import Comparison
-from nse_tools.evaluation.comparison_store import ComparisonFolder
-from nse_tools.evaluation.forgetting import round_scores
-from nse_tools.facts import FactList, world_by_knowledge
+from nse_tools.compare.result import Comparison
+from nse_tools.compare.store import ComparisonFolder
+from nse_tools.data.bundled import world_by_knowledge
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
 from nse_tools.figures.runs import RUNS, load_run, make_run, variant_name
-from nse_tools.models import EditableModel
-from nse_tools.tracing import second_moments
+from nse_tools.metrics.forgetting import round_scores
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.corpus import Corpus
+from nse_tools.tracing.moments import second_moments
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 STORED = RESULTS / "paper"

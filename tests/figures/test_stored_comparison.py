@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nse_tools.evaluation import Comparison, load_comparison
-from pages_small import ROOT, rows_of, table_behind
+from helpers.pages import ROOT, rows_of, table_behind
+from nse_tools.compare.result import Comparison, load_comparison
 
 COLUMNS = ("score", "efficacy_accuracy", "generalization", "specificity", "first_round_accuracy", "perplexity")
 

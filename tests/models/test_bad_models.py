@@ -8,15 +8,19 @@ import pandas as pd
 import pytest
 import torch
 
-from models_small import CONTEXTS, build, build_hf, tokenizer
-from nse_tools.editing import EditSession, Method
+from helpers.models import CONTEXTS, build, build_hf, tokenizer
+from nse_tools.data.fact import Fact
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import ModelError, SettingError, StorageError
-from nse_tools.evaluation.forgetting import matrix_of
-from nse_tools.facts import Fact
-from nse_tools.figures import StreamResult, save_stream, session_report
-from nse_tools.models import embedded, load_model
-from nse_tools.tracing import Contexts, second_moments
+from nse_tools.figures.demo import StreamResult, save_stream
+from nse_tools.figures.report import session_report
+from nse_tools.metrics.forgetting import matrix_of
+from nse_tools.models import embedded
+from nse_tools.models.loading import load_model
+from nse_tools.steps.config import Method
+from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.corpus import sample_corpus
+from nse_tools.tracing.moments import second_moments
 
 
 @pytest.fixture
@@ -111,7 +115,7 @@ def test_key_statistics_are_computed_where_the_cache_cannot_be_written(tmp_path:
 def test_a_session_edits_where_no_cache_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("NSE_TOOLS_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr("nse_tools.editing.value_cache.cache_folder", embedded.cache_folder)
+    monkeypatch.setattr("nse_tools.steps._value_cache.cache_folder", embedded.cache_folder)
     model = build()
     session = EditSession(model, Method("x", (1,), v_num_grad_steps=2), contexts=CONTEXTS, progress=False)
     assert session.edit(Fact("a", "Rome", "The city of {} is in", "Italy")).number == 1

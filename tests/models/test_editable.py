@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from models_small import NAMES, build, build_hf, tokenizer
+from helpers.models import NAMES, build, build_hf, tokenizer
 from nse_tools.errors import ModelError
-from nse_tools.models import ARCHITECTURES, Architecture, EditableModel, embedded, load_model
-from nse_tools.models.architecture import find_architecture, module_tree, stores_transposed, submodule
+from nse_tools.models import embedded
+from nse_tools.models.architecture import ARCHITECTURES, Architecture, find_architecture, module_tree, stores_transposed, submodule
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.loading import load_model
 from nse_tools.models.weights import digest_of, weights_in_place
 
 

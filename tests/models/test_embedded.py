@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from nse_tools.errors import ModelError
-from nse_tools.models import EditableModel, embedded, load_model
+from nse_tools.models import embedded
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.loading import load_model
 
 
 @pytest.fixture(scope="module")

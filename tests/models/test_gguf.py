@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gguf_small import WRITTEN, write
-from models_small import CONTEXTS, FACTS, moments_for
+from helpers.gguf import WRITTEN, write
+from helpers.models import CONTEXTS, FACTS, moments_for
 from nse_tools import apply_patch, load_model
-from nse_tools.editing import EditSession, Method
-from nse_tools.facts import FactList
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
+from nse_tools.steps.config import Method
 
 METHOD = Method("test", (0, 2), v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0)
 

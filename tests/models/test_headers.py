@@ -14,11 +14,11 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file
 
-from models_small import build, tokenizer
+from helpers.models import build, tokenizer
 from nse_tools.errors import ModelError
-from nse_tools.models import load_model
 from nse_tools.models.gguf_header import check_gguf
 from nse_tools.models.headers import HeaderError, check_weights_folder, parse_json, read_safetensors_header
+from nse_tools.models.loading import load_model
 
 
 @pytest.fixture(scope="module")

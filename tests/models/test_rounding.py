@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nse_tools.models.rounding import round_by_chance, round_to_nearest, tolerance, wider
+from nse_tools.models.weights import round_by_chance, round_to_nearest, tolerance, wider
 
 HALF = [torch.bfloat16, torch.float16]
 NAMES = {torch.bfloat16: (8, 133), torch.float16: (11, 24), torch.float32: (24, 149)}

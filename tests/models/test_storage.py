@@ -9,15 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nse_tools.models.storage import (
-    SCRATCH,
-    make_folder,
-    remove_folder,
-    remove_scratch,
-    save_atomically,
-    write_durably,
-    write_folder_durably,
-)
+from nse_tools.models.files import SCRATCH, make_folder, remove_folder, remove_scratch, save_atomically, write_durably, write_folder_durably
 
 
 def names_in(folder: Path) -> set[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models_small import NAMES, build, build_hf, tokenizer
-from nse_tools.models import EditableModel
-from nse_tools.planning import ModelCheck, check_model
+from helpers.models import NAMES, build, build_hf, tokenizer
+from helpers.sessions import same, weights
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.planning.check import ModelCheck, check_model
 from nse_tools.planning.checks import trial_layers
-from sessions_small import same, weights
 
 NORM_BEHIND = {"gemma2", "gemma3", "olmo2"}
 WINDOWED = {"mistral", "gemma2", "gemma3"}

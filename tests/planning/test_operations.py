@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models_small import CONTEXTS, FACTS, build, build_hf
-from nse_tools.editing.suffix import SuffixBatch
-from nse_tools.editing.value_search import search_rows
-from nse_tools.models import EditableModel
+from helpers.models import CONTEXTS, FACTS, build, build_hf
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.planning import operations as cost
 from nse_tools.planning.shape import Shape
 from nse_tools.planning.workload import Tokens, load, load_of_rows
-from nse_tools.tracing.prefixes import run_prefixes
+from nse_tools.steps._value_optimizer import search_rows
+from nse_tools.tracing._engine.prefix_cache import run_prefixes
+from nse_tools.tracing._engine.suffix import SuffixBatch
 
 
 def matrices(hf: torch.nn.Module) -> int:

@@ -11,13 +11,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MixtralConfig
 
-import planning_small as wide
-from models_small import CONTEXTS, FACTS, build, build_hf, moments_for, tokenizer
-from nse_tools.editing import KeyHistory, Method, compute_values, methods, write_values
+from helpers import planning as wide
+from helpers.models import CONTEXTS, FACTS, build, build_hf, moments_for, tokenizer
+from nse_tools import methods
 from nse_tools.errors import ModelError, SettingError
-from nse_tools.models import EditableModel, kernels
-from nse_tools.planning import known_configs, operations, plan
+from nse_tools.methods.locate_then_edit import write_values
+from nse_tools.models import kernels
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.planning import operations
 from nse_tools.planning.memory import STEPS, needed
+from nse_tools.planning.plans import plan
+from nse_tools.planning.shape import known_configs
+from nse_tools.steps.config import Method
+from nse_tools.steps.preserved import PreviousKeys
+from nse_tools.steps.values import compute_values
 
 MB = 2**20
 METHOD = Method("test", (0, 1), v_num_grad_steps=3, mom2_update_weight=2.0, v_loss_threshold=0.0)
@@ -52,7 +59,7 @@ def test_operations_of_an_update_are_those_that_pytorch_counts(name: str) -> Non
     values = compute_values(model, facts, CONTEXTS, METHOD)
     moments = moments_for(model, METHOD.layers)
     with FlopCounterMode(display=False) as counter:
-        done = write_values(model, METHOD, facts, values, CONTEXTS, moments, KeyHistory())
+        done = write_values(model, METHOD, facts, values, CONTEXTS, moments, PreviousKeys())
     assert len(done.passes) == 2
     # factors and triangular solves are no products for the counter: what remains of the solve is counted here
     in_model = planned.operations["states"] + planned.operations["keys"]

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from known_small import known_to
-from models_small import CONTEXTS, build, moments_for
+from helpers.known import known_to
+from helpers.models import CONTEXTS, build, moments_for
 from nse_tools import plots
-from nse_tools.editing import Calibration, calibrate
+from nse_tools.editing.calibration import Calibration, calibrate
 from nse_tools.plots.theme import MEAN
 
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from nse_tools import plots
+from nse_tools.compare.result import Comparison
+from nse_tools.compare.store import Cell
 from nse_tools.errors import SettingError
-from nse_tools.evaluation import Comparison
-from nse_tools.evaluation.comparison_store import Cell
 from nse_tools.plots.comparison import over_seeds
 
 

@@ -9,11 +9,12 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from models_small import CONTEXTS, build, moments_for
+from helpers.models import CONTEXTS, build, moments_for
 from nse_tools import plots
-from nse_tools.editing import EditSession, Method
-from nse_tools.evaluation import ForgettingMatrix
-from nse_tools.facts import Fact
+from nse_tools.data.fact import Fact
+from nse_tools.editing.session import EditSession
+from nse_tools.metrics.forgetting import ForgettingMatrix
+from nse_tools.steps.config import Method
 
 EVIL = "<b onclick=x>bold</b><script>1</script>"
 

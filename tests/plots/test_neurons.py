@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.three_rounds import quiet_session, session_of
 from nse_tools import plots
-from nse_tools.evaluation import neuron_card, neuron_map, neuron_usage
+from nse_tools.metrics.neuron_reports import neuron_card, neuron_map, neuron_usage
 from nse_tools.plots.neurons import mean_overlap
-from three_rounds_small import quiet_session, session_of
 
 
 def test_scores_are_sorted_and_cut_where_p_is_reached() -> None:

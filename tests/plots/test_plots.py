@@ -7,12 +7,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from models_small import CONTEXTS, build, moments_for
-from nse_tools import plots
-from nse_tools.editing import EditSession, compute_values, methods
+from helpers.models import CONTEXTS, build, moments_for
+from nse_tools import methods, plots
+from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError
-from nse_tools.evaluation import ForgettingMatrix
-from nse_tools.facts import Fact, FactList
+from nse_tools.metrics.forgetting import ForgettingMatrix
+from nse_tools.steps.values import compute_values
 
 FACTS = FactList([Fact("<b>a</b>", "Darrieux", "The tongue of {} is", "Rome"), Fact("b", "Tower", "The {} is in", "Japan")])
 

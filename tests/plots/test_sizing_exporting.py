@@ -11,13 +11,14 @@ import plotly.graph_objects as go
 import pytest
 
 import nse_tools as nse
+from helpers.three_rounds import session_of
 from nse_tools import plots
 from nse_tools.errors import MissingPackageError, NSEError, SettingError
-from nse_tools.evaluation import neuron_map, update_spectra
+from nse_tools.metrics.neuron_reports import neuron_map
+from nse_tools.metrics.update_spectra import update_spectra
 from nse_tools.plots.exporting import find_browser
 from nse_tools.plots.sizing import pixels
 from nse_tools.plots.theme import short, token, wrapped
-from three_rounds_small import session_of
 
 
 def has_browser() -> bool:

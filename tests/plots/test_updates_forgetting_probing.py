@@ -9,13 +9,16 @@ import pandas as pd
 import pytest
 import torch
 
+from helpers.three_rounds import FACTS, session_of
 from nse_tools import plots
 from nse_tools.errors import SettingError
-from nse_tools.evaluation import LostFacts, hidden_shift, lost_facts, probe_prompt, retention, update_spectra
-from nse_tools.evaluation.forgetting import matrix_of
+from nse_tools.metrics.drift import hidden_shift
+from nse_tools.metrics.forgetting import matrix_of, retention
+from nse_tools.metrics.forgotten_facts import ForgottenFacts, forgotten_facts
+from nse_tools.metrics.probing import probe_prompt
+from nse_tools.metrics.update_spectra import update_spectra
 from nse_tools.plots.forgetting import curve_table
 from nse_tools.tracing import logit_lens
-from three_rounds_small import FACTS, session_of
 
 
 def rows_of(seen: dict[str, tuple[int, list[float]]]):
@@ -94,19 +97,19 @@ def test_retention_alone_and_side_by_side() -> None:
 
 
 def test_lost_facts_are_counted_by_round_and_set_beside_the_kept() -> None:
-    lost = lost_facts(session_of(), matrix=MATRIX)
+    lost = forgotten_facts(session_of(), matrix=MATRIX)
     fig = lost.plot().to_plotly_json()
     bars = [t for t in fig["data"] if t["type"] == "bar"]
     assert [(list(t["x"]), list(t["y"]), t["name"]) for t in bars] == [([2, 3], [1, 1], "of round 1")]
     table = lost.to_frame()
-    for fate in ("kept", "lost", "never held"):
-        own = table[(table.fate == fate) & table["round"].notna()]
-        points = next(t for t in fig["data"] if t["name"] == fate)
+    for status in ("kept", "lost", "never held"):
+        own = table[(table.status == status) & table["round"].notna()]
+        points = next(t for t in fig["data"] if t["name"] == status)
         assert list(points["x"]) == own.cosine.tolist()
         assert list(points["y"]) == own.push.tolist()
     assert "2 of 5 facts lost" in fig["layout"]["title"]["text"]
     assert "<b>a</b>" not in lost.plot().to_json()
-    none = LostFacts("efficacy", lost.facts.assign(fate="kept", lost_in_round=pd.array([pd.NA] * 5, dtype="Int64")), lost.effects)
+    none = ForgottenFacts("efficacy", lost.facts.assign(status="kept", lost_in_round=pd.array([pd.NA] * 5, dtype="Int64")), lost.effects)
     assert any(a.text == "no fact was lost" for a in none.plot().layout.annotations)
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from helpers.three_rounds import quiet_session, session_of
 from nse_tools import plots
 from nse_tools.errors import SettingError
 from nse_tools.plots.residuals import contributions
 from nse_tools.plots.values import value_table
-from three_rounds_small import quiet_session, session_of
 
 
 def test_the_parts_add_up_to_the_loss_and_the_clamp_is_the_methods() -> None:
@@ -80,12 +80,12 @@ def test_the_map_has_a_row_a_fact_a_column_an_update_and_marks_who_is_left_out()
     place = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}
     for row, (_, own) in enumerate(table.groupby(["round", "fact"], sort=False)):
         for entry in own.itertuples():
-            at = 4 if entry.fate == "end" else place[entry.step]
+            at = 4 if entry.status == "end" else place[entry.step]
             assert z[row, at] == pytest.approx(entry.residual)
-            assert heat["customdata"][row][at][1:] == [entry.residual, entry.fate, entry.round]
+            assert heat["customdata"][row][at][1:] == [entry.residual, entry.status, entry.round]
     names = list(plots.residual_map(session).layout.yaxis.ticktext)
     assert names[0] == "1: &lt;b&gt;a&lt;/b&gt;"
-    early = table.assign(fate=table.fate.where((table.step > 0) | (table.fact != "b"), "below alpha"))
+    early = table.assign(status=table.status.where((table.step > 0) | (table.fact != "b"), "below alpha"))
     text = plots.residual_map(early).data[0].text
     assert text[1][0] == "·"
     assert text[0][0] == ""
@@ -97,7 +97,7 @@ def test_contributions_telescope_to_what_was_closed() -> None:
     assert set(closed.layer) == {1, 2}
     for (number, fact), own in closed.groupby(["round", "fact"]):
         course = table[(table["round"] == number) & (table.fact == fact)].sort_values("step")
-        if (course.fate[:-1] == "taken").all():
+        if (course.status[:-1] == "taken").all():
             assert own.closed.sum() == pytest.approx(100 * (1 - course.residual.iloc[-1] / course.residual.iloc[0]))
     fig = plots.layer_contributions(session).to_plotly_json()
     means = closed.groupby(["pass", "layer"]).closed.mean()
@@ -127,7 +127,7 @@ def test_skipped_facts_are_those_of_no_pass_with_the_reason() -> None:
     session = session_of()
     assert not len(plots.skipped_facts(session))
     table = session.residuals()
-    out = table.assign(fate=table.fate.where((table.fact != "c") | (table.fate == "end"), "at or above upper bound"))
+    out = table.assign(status=table.status.where((table.fact != "c") | (table.status == "end"), "at or above upper bound"))
     skipped = plots.skipped_facts(out)
     assert skipped[["round", "fact", "why"]].to_numpy().tolist() == [[2, "c", "at or above upper bound"]]
     assert skipped.residual[0] == table[(table.fact == "c") & (table.step == 0)].residual.iloc[0]

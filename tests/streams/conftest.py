@@ -1,5 +1,5 @@
 """What the tests of streams share."""
 
-from children_small import children
+from helpers.children import children
 
 __all__ = ["children"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kept_small import METHOD, session_of
+from helpers.kept import METHOD, session_of
+from helpers.stream import FAST, fact, rows_of, stream_of
 from nse_tools import Replaced
+from nse_tools.data.fact import Fact
 from nse_tools.errors import FactError
-from nse_tools.facts import Fact
-from stream_small import FAST, fact, rows_of, stream_of
 
 
 def test_the_same_again_is_left_out_and_the_newest_target_wins() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from kept_small import same_weights, session_of, weights_of
+from helpers.kept import same_weights, session_of, weights_of
+from helpers.stream import FAST, fact, line_of, rows_of, stream_of, until
 from nse_tools import CollapseDetector, EditQueue, EditStream, Replaced
-from nse_tools.editing import EditSession
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import BusyError, CollapseError, EditError, FactError, SettingError, StateError
-from stream_small import FAST, fact, line_of, rows_of, stream_of, until
 
 
 # ---- rounds ----------------------------------------------------------------------------------------------------------

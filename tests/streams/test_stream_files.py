@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kept_small import METHOD, assert_same, run_and_kill, same_weights, seconds_of, session_of, weights_of
+from helpers.kept import METHOD, assert_same, run_and_kill, same_weights, seconds_of, session_of, weights_of
+from helpers.stream import FAST, fact, line_of, opened, rows_of, stream_of, until, write_file
 from nse_tools import EditStream, JsonLines, Replaced
-from nse_tools.editing import EditSession
+from nse_tools.data.fact import Fact
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import StorageError
-from nse_tools.facts import Fact
-from stream_small import FAST, fact, line_of, opened, rows_of, stream_of, until, write_file
 
 
 # ---- a file that grows -----------------------------------------------------------------------------------------------

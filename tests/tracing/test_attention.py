@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models_small import NAMES, build
-from nse_tools.tracing import attention
-from nse_tools.tracing.attention import Packing, attend, carrying, packed_attention, packs_rows
+from helpers.models import NAMES, build
+from nse_tools.tracing._engine import packed_attention as attention
+from nse_tools.tracing._engine.packed_attention import Packing, attend, carrying, packed_attention, packs_rows
 
 few = st.integers(1, 5)
 

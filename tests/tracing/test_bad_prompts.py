@@ -7,11 +7,12 @@ import copy
 import pytest
 from tokenizers import normalizers
 
-from models_small import CONTEXTS, build, moments_for, tokenizer
-from nse_tools.editing import EditSession, Method
+from helpers.models import CONTEXTS, build, moments_for, tokenizer
+from nse_tools.data.fact import Fact
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError
-from nse_tools.facts import Fact
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.config import Method
 from nse_tools.tracing.prompts import locate_fact
 
 METHOD = Method("test", (1,), v_num_grad_steps=2, mom2_update_weight=2.0)

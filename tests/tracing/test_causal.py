@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from known_small import known_to
-from models_small import FACTS, build
-from nse_tools.editing.keys import FactStates
+from helpers.known import known_to
+from helpers.models import FACTS, build
+from nse_tools.data.fact import Fact
 from nse_tools.errors import FactError, SettingError
-from nse_tools.facts import Fact
-from nse_tools.tracing import causal_trace, first_token_ratio
+from nse_tools.steps.keys import SubjectStates
+from nse_tools.tracing.causal_trace import causal_trace, first_token_ratio
 from nse_tools.tracing.contexts import BARE
 from reference import Reference, apart
 
@@ -32,8 +32,8 @@ class Naive(Reference):
         """Ids, subject's first and last token, target's first token."""
         ids, last, start = self.locate(fact.prompt, fact.subject, target=fact.target_true)
         head = fact.prompt.split("{}")[0]
-        led = self.tokenizer.decode(ids).lstrip(" <s>").startswith("\n")
-        goal, count = len((("\n" if led else "") + head).encode()) + 1 + self.metaspace(), 0
+        prepended = self.tokenizer.decode(ids).lstrip(" <s>").startswith("\n")
+        goal, count = len((("\n" if prepended else "") + head).encode()) + 1 + self.metaspace(), 0
         for first, token in enumerate(ids):
             count += self.token_bytes(token)
             if count >= goal:
@@ -166,6 +166,6 @@ def test_first_token_ratio_agrees_with_hooks(name: str) -> None:
 
 def test_tracing_leaves_the_model_as_it_was() -> None:
     model = build()
-    before = FactStates.record(model, FACTS, BARE, 1, 2).keys([2])[2].values
+    before = SubjectStates.record(model, FACTS, BARE, 1, 2).keys([2])[2].values
     causal_trace(model, TRUE)
-    assert torch.equal(FactStates.record(model, FACTS, BARE, 1, 2).keys([2])[2].values, before)
+    assert torch.equal(SubjectStates.record(model, FACTS, BARE, 1, 2).keys([2])[2].values, before)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models_small import TEXT, build
+from helpers.models import TEXT, build
 from nse_tools.errors import SettingError
-from nse_tools.tracing import BARE, Contexts, load_corpus, sample_contexts, sample_corpus
-from nse_tools.tracing.batches import batches, pad
+from nse_tools.tracing._engine.batching import batches, pad
+from nse_tools.tracing.contexts import BARE, Contexts, sample_contexts
+from nse_tools.tracing.corpus import load_corpus, sample_corpus
 
 
 def test_weights_are_half_bare_and_half_prefixed() -> None:

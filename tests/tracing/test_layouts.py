@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models_small import NAMES, build
-from nse_tools.tracing import LastTokenStates, layouts
-from nse_tools.tracing.layouts import can_share, lay_out
+from helpers.models import NAMES, build
+from nse_tools.tracing._engine import prefix_cache as layouts
+from nse_tools.tracing._engine.prefix_cache import can_share, lay_out
+from nse_tools.tracing.hidden_states import LastTokenStates
 from reference import Reference, apart
 
 TEXT = "The mother tongue of Danielle Darrieux is French, and the capital of Italy is Rome."

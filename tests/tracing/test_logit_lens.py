@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models_small import build
+from helpers.models import build
 from nse_tools.errors import SettingError
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing import logit_lens
 
 PROMPT = "The capital of France is"

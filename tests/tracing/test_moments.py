@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from models_small import NAMES, TEXT, build
+from helpers.models import NAMES, TEXT, build
 from nse_tools.errors import ModelError, SettingError
-from nse_tools.models import EditableModel
-from nse_tools.tracing import Corpus, load_corpus, moments, second_moments
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.tracing import moments
+from nse_tools.tracing.corpus import Corpus, load_corpus
+from nse_tools.tracing.moments import second_moments
 from reference import Reference, apart
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models_small import NAMES, build
-from nse_tools.tracing import prefixes
-from nse_tools.tracing.prefixes import SHORTEST_HEAD, common_heads, run_prefixes
+from helpers.models import NAMES, build
+from nse_tools.tracing._engine import prefix_cache as prefixes
+from nse_tools.tracing._engine.prefix_cache import SHORTEST_HEAD, common_heads, run_prefixes
 
 few = st.lists(st.integers(0, 2), max_size=9)
 

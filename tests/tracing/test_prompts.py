@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers, processors
 
-from models_small import build, tokenizer
+from helpers.models import build, tokenizer
+from nse_tools.data.fact import Fact
 from nse_tools.errors import FactError
-from nse_tools.facts import Fact
-from nse_tools.models import EditableModel
-from nse_tools.tracing import locate
-from nse_tools.tracing.prompts import LEAD, continued, lead_of, locate_fact
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.tracing.prompts import LEAD, continued, lead_of, locate, locate_fact
 from reference import Reference
 
 KINDS = ["plain", "bos", "trimmed", "metaspace"]
@@ -41,7 +40,7 @@ def check(kind: str, prompt: str, subject: str, prefix: str, target: str) -> Non
     assert (list(found.ids), found.position, found.target_start) == (ids, place, start)
     assert found.target_ids == found.ids[found.target_start :]
     assert text_of(kind, found.target_ids).strip() == target
-    whole = (LEAD if found.led else "") + prefix + prompt.replace("{}", subject)
+    whole = (LEAD if found.prepended else "") + prefix + prompt.replace("{}", subject)
     assert text_of(kind, found.ids) == f"{whole.rstrip()} {target}"
     assert text_of(kind, found.ids[: found.target_start]) == whole.rstrip()
     # everything up to the subject's last token does not depend on the target
@@ -130,14 +129,14 @@ def test_the_subject_in_the_slot_counts_not_its_double() -> None:
 
 def test_a_subject_at_the_first_token_gets_a_lead_unless_there_is_a_bos_or_prefix() -> None:
     plain, bos = pair("plain")[0], pair("bos")[0]
-    led = locate(plain, "{} is the capital", "B", target="France")
-    assert led.led
-    assert led.position == 1
-    assert text_of("plain", led.ids) == "\nB is the capital France"
-    assert not locate(plain, "{} is the capital", "B", prefix="So. ").led
-    assert not locate(plain, "The {} is the capital", "B").led
+    prepended = locate(plain, "{} is the capital", "B", target="France")
+    assert prepended.prepended
+    assert prepended.position == 1
+    assert text_of("plain", prepended.ids) == "\nB is the capital France"
+    assert not locate(plain, "{} is the capital", "B", prefix="So. ").prepended
+    assert not locate(plain, "The {} is the capital", "B").prepended
     with_bos = locate(bos, "{} is the capital", "B", target="France")
-    assert not with_bos.led
+    assert not with_bos.prepended
     assert with_bos.position == 1
     assert lead_of(plain, "B is the capital", "B") == LEAD
     assert lead_of(bos, "B is the capital", "B") == ""

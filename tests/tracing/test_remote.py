@@ -9,11 +9,11 @@ import pytest
 import torch
 from nnsight.schema.request import RequestModel
 
-from models_small import CONTEXTS, FACTS, build
+from helpers.models import CONTEXTS, FACTS, build
 from nse_tools import causal_trace, collect_keys, hidden_states, logit_lens
+from nse_tools.data.fact_list import FactList
 from nse_tools.errors import StateError
-from nse_tools.facts import FactList
-from nse_tools.models import EditableModel
+from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing.remote import read_at_last
 
 NAMES = ["llama", "gpt2", "gptj", "gemma2"]

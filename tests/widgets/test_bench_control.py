@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from models_small import build
-from nse_tools.editing import Method
+from helpers.models import build
+from helpers.shown import METHOD, STREAM, bits, same, session_of
+from nse_tools.compare.runner import compare
 from nse_tools.errors import EditError, FactError, SettingError
-from nse_tools.evaluation import compare
-from nse_tools.models import EditableModel
-from nse_tools.widgets import BenchControl
-from shown_small import METHOD, STREAM, bits, same, session_of
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.config import Method
+from nse_tools.widgets.bench_control import BenchControl
 
 NSE, MEMIT = METHOD.with_(name="nse"), METHOD.with_(name="memit", values_under="current", neuron_threshold=1.0, passes=1)
 
@@ -77,7 +77,7 @@ def test_it_works_from_the_original_weights_beside_a_session_with_edits() -> Non
 
 
 def test_a_method_that_cannot_go_on_is_named_and_the_others_go_on(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nse_tools.editing import updating
+    from nse_tools.methods import locate_then_edit as updating
 
     real = updating.solve_update
 

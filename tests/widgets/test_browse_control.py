@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 import nse_tools as nse
-from nse_tools.editing import EditSession
+from helpers.shown import LAYERS, session_of
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError
-from nse_tools.widgets import BrowseControl
-from shown_small import LAYERS, session_of
+from nse_tools.widgets.browse_control import BrowseControl
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

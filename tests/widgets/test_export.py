@@ -11,7 +11,7 @@ from nbconvert import HTMLExporter
 TESTS = Path(__file__).parents[1]
 CELL = f"""
 import sys; sys.path.insert(0, {str(TESTS)!r})
-from shown_small import STREAM, session_of
+from helpers.shown import STREAM, session_of
 from nse_tools.widgets import EditProbe, RoundScrubber
 session = session_of(rounds=1)
 probe = EditProbe(session, fact=STREAM[1])

@@ -6,8 +6,8 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.shown import EVIL
 from nse_tools.widgets import markup
-from shown_small import EVIL
 
 ANY = st.text(alphabet="<>&\"' \n\tabcé東", max_size=12)
 

@@ -9,15 +9,18 @@ import re
 import ipywidgets as ui
 import pytest
 
-from models_small import build
+from helpers.models import build
+from helpers.shown import EVIL, METHOD, STREAM, bits, same, session_of
 from nse_tools import plots
-from nse_tools.editing import EditSession
+from nse_tools.data.fact import Fact
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, NSEError
-from nse_tools.facts import Fact
-from nse_tools.widgets import EditProbe, MethodBench, NeuronBrowser, RoundScrubber
+from nse_tools.widgets.edit_probe import EditProbe
+from nse_tools.widgets.method_bench import MethodBench
+from nse_tools.widgets.neuron_browser import NeuronBrowser
 from nse_tools.widgets.panel import Panel, button, lines_of
+from nse_tools.widgets.round_scrubber import RoundScrubber
 from nse_tools.widgets.steps import Step, Steps
-from shown_small import EVIL, METHOD, STREAM, bits, same, session_of
 
 NSE, MEMIT = METHOD.with_(name="nse"), METHOD.with_(name="memit", values_under="current", neuron_threshold=1.0, passes=1)
 
@@ -97,7 +100,7 @@ def test_errors_appear_in_the_panel_escaped_and_the_buttons_come_back(
             raise wrong
 
         with monkeypatch.context() as patch:
-            patch.setattr("nse_tools.editing.updating.solve_update", breaking)
+            patch.setattr("nse_tools.methods.locate_then_edit.solve_update", breaking)
             probe.apply_button.click()
         assert shown in probe.message.value
         assert 'role="alert"' in probe.message.value

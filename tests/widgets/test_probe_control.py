@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import nse_tools as nse
-from nse_tools.editing import EditSession
+from helpers.shown import bits, same, session_of
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, StateError
-from nse_tools.widgets import ProbeControl
-from nse_tools.widgets.probe_control import code_of, marked_prompt
-from shown_small import bits, same, session_of
+from nse_tools.widgets.probe_control import ProbeControl, code_of, marked_prompt
 
 PROMPT, TARGET = "The mother tongue of {Danielle Darrieux} is", "French"
 
@@ -51,7 +50,7 @@ def test_the_token_view_marks_the_subjects_last_token(control: ProbeControl) -> 
     upto = "".join(view.pieces[: view.edited + 1])
     assert upto == "The mother tongue of Danielle Darrieux"
     first = control.tokens(control.write("{B} is the capital of", "France"))
-    assert first.led
+    assert first.prepended
     assert first.pieces[0] == "\n"
     assert first.pieces[first.edited] == "B"
 
@@ -133,7 +132,7 @@ def test_an_edit_that_fails_leaves_the_session_as_it_was(
         raise EditError("Layer 1: singular")
 
     with monkeypatch.context() as patch:
-        patch.setattr("nse_tools.editing.updating.solve_update", breaking)
+        patch.setattr("nse_tools.methods.locate_then_edit.solve_update", breaking)
         with pytest.raises(EditError, match="singular"):
             list(control.apply_steps())
     assert same(bits(session), state)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nse_tools.editing import EditSession
+from helpers.shown import bits, same, session_of
+from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError
-from nse_tools.widgets import ScrubControl
-from shown_small import bits, same, session_of
+from nse_tools.widgets.scrub_control import ScrubControl
 
 PROMPTS = ("The Eiffel Tower is in", "Berlin plays")
 

@@ -1,0 +1,164 @@
+"""One prompt through all the rounds: what the model says next, before any edit and after each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nse_tools._repr import table_html
+from nse_tools.data.fact import Fact
+from nse_tools.errors import SettingError
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.tracing.prompts import continued
+
+if TYPE_CHECKING:
+    from nse_tools.editing.session import EditSession
+
+
+@dataclass(frozen=True)
+class PromptProbe:
+    """Next-token probabilities of a prompt as of some rounds.
+
+    Parameters
+    ----------
+    prompt : str
+        The prompt.
+    rounds : tuple of int
+        After which rounds; 0 is the unedited model.
+    ids : tuple of int
+        The tokens shown: those followed, and the likeliest of every round.
+    tokens : tuple of str
+        The same as text.
+    watched : tuple of str
+        The first of the tokens: those that were asked for.
+    probabilities : Tensor
+        (n_rounds, n_tokens).
+    ranks : Tensor
+        1 is the likeliest token of the vocabulary, (n_rounds, n_tokens).
+    """
+
+    prompt: str
+    rounds: tuple[int, ...]
+    ids: tuple[int, ...] = field(repr=False)
+    tokens: tuple[str, ...] = field(repr=False)
+    watched: tuple[str, ...]
+    probabilities: Tensor = field(repr=False)
+    ranks: Tensor = field(repr=False)
+
+    def says(self, round: int) -> str:
+        """Return the likeliest next token after a round.
+
+        Raises
+        ------
+        SettingError
+            If the round was not probed.
+        """
+        return self.tokens[int(self.ranks[self.row(round)].argmin())]
+
+    def row(self, round: int) -> int:
+        """Return where a round stands in ``probabilities``.
+
+        Raises
+        ------
+        SettingError
+            If the round was not probed.
+        """
+        if round not in self.rounds:
+            raise SettingError(f"round={round!r}: probed were the rounds {', '.join(map(str, self.rounds))}.")
+        return self.rounds.index(round)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a round and token: ``round``, ``token``, ``probability``, ``rank``, ``watched``."""
+        n = len(self.tokens)
+        return pd.DataFrame(
+            {
+                "round": [r for r in self.rounds for _ in range(n)],
+                "token": self.tokens * len(self.rounds),
+                "probability": self.probabilities.flatten().tolist(),
+                "rank": self.ranks.flatten().tolist(),
+                "watched": [number < len(self.watched) for number in range(n)] * len(self.rounds),
+            }
+        )
+
+    def __repr__(self) -> str:
+        first, last = self.rounds[0], self.rounds[-1]
+        return f"PromptProbe({self.prompt!r:.60}: round {first} says {self.says(first)!r}, round {last} {self.says(last)!r})"
+
+    def _repr_html_(self) -> str:
+        table = pd.DataFrame(self.probabilities.T.tolist(), list(self.tokens), [f"round {r}" for r in self.rounds])
+        return table_html(table, head=self, index=True)
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the tokens' probabilities round by round (:func:`nse_tools.plots.prompt_rounds`)."""
+        from nse_tools.plots.probing import prompt_rounds
+
+        return prompt_rounds(self, **options)
+
+
+def probe_prompt(
+    session: EditSession, prompt: str | Fact, *, k: int = 5, watch: Sequence[str] = (), rounds: Sequence[int] | None = None
+) -> PromptProbe:
+    """Ask the same prompt of the model as of every round; answers are remembered with the session.
+
+    Parameters
+    ----------
+    session : EditSession
+        The session; its model is as it was afterwards.
+    prompt : str or Fact
+        A prompt, or a fact, whose new and true target are then followed.
+    k : int
+        How many of each round's likeliest tokens are shown; with 0 the likeliest alone, which :meth:`PromptProbe.says` tells.
+    watch : sequence of str
+        Continuations whose first token is followed through all rounds.
+    rounds : sequence of int, optional
+        After which rounds; all by default, the unedited model (0) included.
+
+    Raises
+    ------
+    SettingError
+        If there is no such round, the prompt is empty, or nothing is to be shown.
+    """
+    if isinstance(prompt, Fact):
+        watch = (*watch, prompt.target_new, *([prompt.target_true] if prompt.target_true else []))
+        prompt = prompt.text
+    model, chosen = session.model, tuple(range(len(session) + 1) if rounds is None else rounds)
+    if not model.encode(prompt).ids or not chosen or (k < 1 and not watch):
+        raise SettingError(
+            f"probe_prompt: prompt={prompt!r:.60}, k={k!r}: expected a text, a round, and k of at least 1 or tokens to watch."
+        )
+    followed = tuple(dict.fromkeys(continued(model, prompt, text).target_ids[0] for text in watch))
+    p = torch.stack([_next_token(session, prompt, t) for t in chosen])
+    likeliest = p.topk(max(k, 1)).indices.flatten().tolist()
+    ids = tuple(dict.fromkeys((*followed, *likeliest)))
+    shown = p[:, list(ids)]
+    return PromptProbe(
+        prompt=prompt,
+        rounds=chosen,
+        ids=ids,
+        tokens=tuple(model.tokenizer.decode([i]) for i in ids),
+        watched=tuple(model.tokenizer.decode([i]) for i in followed),
+        probabilities=shown,
+        ranks=1 + (p[:, None, :] > shown[:, :, None]).sum(-1),
+    )
+
+
+def _next_token(session: EditSession, prompt: str, round: int) -> Tensor:
+    """Return the next-token distribution as of a round, (vocabulary,), remembered with the session."""
+    key = (round, "next token", prompt)
+    if key not in session.memo:
+        with session.at(round) as model:
+            session.memo[key] = _distribution(model, prompt)
+    found: Tensor = session.memo[key]
+    return found
+
+
+@torch.no_grad()
+def _distribution(model: EditableModel, prompt: str) -> Tensor:
+    ids = torch.tensor([model.encode(prompt).ids], device=model.device)
+    with model.running():
+        return model.hf(input_ids=ids, use_cache=False).logits[0, -1].float().softmax(-1).cpu()

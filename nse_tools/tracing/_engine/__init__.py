@@ -1,0 +1,1 @@
+"""Fast inference behind the steps: batching, prefix sharing, packed replay."""

@@ -1,0 +1,1 @@
+"""What several tests need: small models, facts, sessions, folders."""

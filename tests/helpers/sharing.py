@@ -1,0 +1,74 @@
+"""Small edited models, patches made of them, and patches forged by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from helpers.models import CONTEXTS, FACTS, build, moments_for
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
+from nse_tools.io._patch_file import checksum
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.steps.config import Method
+
+LAYERS = (0, 2)
+METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.6)
+FIRST, SECOND = FactList(list(FACTS)[:1]), FactList(list(FACTS)[1:2])
+
+
+def edited(
+    name: str = "llama", *, rounds: tuple[FactList, ...] = (FIRST, SECOND), dtype: torch.dtype = torch.float32, **changes
+) -> EditSession:
+    """Return a session with a few rounds on a small random model."""
+    model, method = build(name, dtype=dtype), METHOD.with_(**changes)
+    session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, method.layers), progress=False, value_cache=False)
+    for facts in rounds:
+        session.edit(facts)
+    return session
+
+
+def weights_of(model: EditableModel) -> dict[str, Tensor]:
+    """Return copies of everything in a model's state dict."""
+    return {name: tensor.detach().clone() for name, tensor in model.hf.state_dict().items()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Say whether two state dicts hold the same numbers."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def contents(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a safetensors file's tensors and metadata."""
+    with safe_open(file, framework="pt") as held:
+        return {name: held.get_tensor(name).clone() for name in held.keys()}, dict(held.metadata())  # noqa: SIM118
+
+
+def forge(
+    file: Path,
+    to: Path,
+    *,
+    manifest: Callable[[dict[str, Any]], Any] | None = None,
+    tensors: Callable[[dict[str, Tensor]], Any] | None = None,
+    metadata: Callable[[dict[str, str]], Any] | None = None,
+) -> Path:
+    """Change a patch as somebody would who knows the format: each function changes its argument; the checksum is made to match."""
+    held, about = contents(file)
+    said = json.loads(about["nse_patch"])
+    del said["checksum"]
+    for change, what in ((manifest, said), (tensors, held)):
+        if change is not None:
+            change(what)
+    said["checksum"] = checksum(said, sorted(held), held.__getitem__)
+    about["nse_patch"] = json.dumps(said)
+    if metadata is not None:
+        metadata(about)
+    save_file(held, to, metadata=about)
+    return to

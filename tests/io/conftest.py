@@ -1,0 +1,5 @@
+"""What the tests of storage share."""
+
+from helpers.children import children
+
+__all__ = ["children"]
