@@ -31,7 +31,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
-    realised_fraction: list[tuple[int, FrameType | None]] = []
+    arrived: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
     try:
         yield
