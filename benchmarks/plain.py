@@ -41,7 +41,7 @@ def plain_search(model: EditableModel, fact: Fact, contexts: Contexts, method: M
     at = torch.tensor([r.prompt.position for r in rows])
     each = torch.arange(len(rows))
     delta = torch.zeros(model.d_model, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=method.v_lr)
+    adam = torch.optim.Adam([delta], lr=method.values.v_lr)
     seen: dict[str, Tensor] = {}
 
     def add(_: object, __: object, output: object) -> object:
@@ -56,21 +56,21 @@ def plain_search(model: EditableModel, fact: Fact, contexts: Contexts, method: M
 
     handles = [model.layer(method.last_layer).register_forward_hook(add), model.layer(model.n_layers - 1).register_forward_hook(keep)]
     try:
-        for step in range(method.v_num_grad_steps):
+        for step in range(method.values.v_num_grad_steps):
             logits = model.hf(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).logits
             logp = model.unembed(seen["final"][:-1]).log_softmax(-1)
             nll = torch.stack([_nll(logp[i], r.prompt.target_start, r.targets) for i, r in enumerate(rows[:-1])]).mean()
             essence = logits[-1, at[-1]].log_softmax(-1)
             reference = seen.setdefault("p0", essence.detach().clone())
             kl = (essence.exp() * (essence - reference)).sum()
-            loss = nll + method.kl_factor * kl + method.v_weight_decay * delta.norm() / seen["h0"].norm() ** 2
-            if loss < method.v_loss_threshold or step == method.v_num_grad_steps - 1:
+            loss = nll + method.values.kl_factor * kl + method.values.v_weight_decay * delta.norm() / seen["h0"].norm() ** 2
+            if loss < method.values.v_loss_threshold or step == method.values.v_num_grad_steps - 1:
                 break
             adam.zero_grad()
             loss.backward()
             adam.step()
             with torch.no_grad():
-                limit = method.clamp_norm_factor * seen["h0"].norm()
+                limit = method.values.clamp_norm_factor * seen["h0"].norm()
                 if delta.norm() > limit:
                     delta.mul_(limit / delta.norm())
     finally:
@@ -162,12 +162,12 @@ def plain_round(
     z : Tensor, optional
         Target values, (n_facts, d_model), where they are known already.
     """
-    if method.per != "batch" or method.selection_rule != "reach":
+    if method.neurons.per != "batch" or method.neurons.selection_rule != "reach":
         raise ValueError("the plain round selects neurons per batch, by the rule 'reach' only")
     watch, delta = Stopwatch(), None
     before = {layer: model.weight(layer).clone() for layer in method.layers}
     if z is None:
-        with watch.time("values"), model.original_weights() if method.values_under == "original" else nullcontext():
+        with watch.time("values"), model.original_weights() if method.values.values_under == "original" else nullcontext():
             delta = torch.stack([plain_search(model, fact, contexts, method) for fact in facts])
             z = plain_hidden(model, facts, method.last_layer) + delta
     try:
@@ -195,10 +195,10 @@ def _passes(
             return z - plain_hidden(model, facts, method.last_layer)
 
     residuals = residuals_now()
-    unit = float(residuals.norm(dim=1).mean()) if method.band_unit == "relative" else 1.0
-    for _ in range(method.passes):
+    unit = float(residuals.norm(dim=1).mean()) if method.schedule.band_unit == "relative" else 1.0
+    for _ in range(method.schedule.passes):
         norms = residuals.norm(dim=1).tolist()
-        taken = [i for i, norm in enumerate(norms) if method.alpha * unit < norm < method.upper_bound * unit]
+        taken = [i for i, norm in enumerate(norms) if method.schedule.alpha * unit < norm < method.schedule.upper_bound * unit]
         if not taken:
             break
         for place, layer in enumerate(method.layers):
@@ -206,10 +206,10 @@ def _passes(
             with watch.time("keys"):
                 keys = plain_keys(model, facts, contexts, layer)[taken]
             with watch.time("solve"):
-                neurons = plain_selection(keys, method.neuron_threshold)
+                neurons = plain_selection(keys, method.neurons.neuron_threshold)
                 share = residuals[taken] / (len(method.layers) - place)
-                old = history_keys.get(layer) if method.use_history else None
-                change = plain_solve(keys, share, moments[layer], method.mom2_update_weight, old, neurons)
+                old = history_keys.get(layer) if method.solver.use_previous_keys else None
+                change = plain_solve(keys, share, moments[layer], method.solver.mom2_update_weight, old, neurons)
             with watch.time("apply"):
                 model.weight(layer)[:, neurons] += change.to(model.dtype)
             updates[layer][:, neurons] += change

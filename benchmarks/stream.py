@@ -24,7 +24,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from _machine import finish, parser, read
-from nse_tools import EditableModel, EditSession, EditStream, Fact, Method
+from nse_tools import EditableModel, EditSession, EditStream, Fact, methods
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
 
@@ -107,7 +107,9 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=3, help="steps of the value search")
     chosen = read(made)
     model = model_of(chosen.width)
-    method = Method("nse", LAYERS, v_num_grad_steps=chosen.steps, v_lr=0.3, mom2_update_weight=10.0, passes=1, neuron_threshold=1.0)
+    method = methods.nse(
+        None, name="nse", layers=LAYERS, v_num_grad_steps=chosen.steps, v_lr=0.3, mom2_update_weight=10.0, passes=1, neuron_threshold=1.0
+    )
     contexts = Contexts(("", "The map of. "))
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:

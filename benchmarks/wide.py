@@ -23,9 +23,9 @@ from nse_tools import (
     Contexts,
     EditableModel,
     FactList,
-    PreviousKeys,
     Keys,
     Method,
+    PreviousKeys,
     TargetValues,
     compute_values,
     known_facts,
@@ -126,7 +126,7 @@ def _plain_first_layer(
     first = method.layers[0]
     keys = plain_keys(model, facts, CONTEXTS, first)
     share = (values.z - plain_hidden(model, facts, method.last_layer)) / len(method.layers)
-    return timed(plain_solve, keys, share, moments[first], method.mom2_update_weight, old, torch.arange(model.d_ff))
+    return timed(plain_solve, keys, share, moments[first], method.solver.mom2_update_weight, old, torch.arange(model.d_ff))
 
 
 def main() -> None:

@@ -163,25 +163,25 @@ class Reference:
         layer = method.layers[-1]
         h0 = self.hidden(fact, layer)
         delta = torch.zeros_like(h0, requires_grad=True)
-        adam = torch.optim.Adam([delta], lr=method.v_lr)
+        adam = torch.optim.Adam([delta], lr=method.values.v_lr)
         clean, course, said = None, [], 0
-        for step in range(method.v_num_grad_steps):
+        for step in range(method.values.v_num_grad_steps):
             adam.zero_grad()
             nll, kl, clean = self.loss_terms(fact, prefixes, layer, delta, clean)
-            decay = method.v_weight_decay * delta.norm() / h0.norm() ** 2
-            loss = nll + method.kl_factor * kl + decay
+            decay = method.values.v_weight_decay * delta.norm() / h0.norm() ** 2
+            loss = nll + method.values.kl_factor * kl + decay
             course.append([float(x.detach()) for x in (nll, kl, decay, loss)])
             said = said + 1 if self.says(fact, prefixes, layer, delta) else 0
-            enough = 0 < method.v_stop_at_argmax <= said
-            if course[-1][-1] < method.v_loss_threshold or enough or step == method.v_num_grad_steps - 1:
+            enough = 0 < method.values.v_stop_at_argmax <= said
+            if course[-1][-1] < method.values.v_loss_threshold or enough or step == method.values.v_num_grad_steps - 1:
                 break
             loss.backward()
             adam.step()
-            limit = method.clamp_norm_factor * h0.norm()
+            limit = method.values.clamp_norm_factor * h0.norm()
             with torch.no_grad():
                 if delta.norm() > limit:
                     delta.mul_(limit / delta.norm())
-        stop = "loss" if course[-1][-1] < method.v_loss_threshold else "argmax" if enough else "steps"
+        stop = "loss" if course[-1][-1] < method.values.v_loss_threshold else "argmax" if enough else "steps"
         return {"delta": delta.detach(), "h0": h0, "z": h0 + delta.detach(), "course": course, "stop": stop}
 
     @torch.no_grad()
@@ -226,23 +226,24 @@ class Reference:
         ``z_first``: targets at the first layer, where it has its own. ``originals``: W₀, where growth is held back or targets are replayed.
         """
         layers, last = method.layers, method.layers[-1]
-        if method.spread == "ends":
+        steps = {step.name: step for step in method.post_process}
+        if method.schedule.spread == "ends":
             layers = (layers[0], last)
         own_z = {layers[0]: z_first, last: z}
-        if method.spread == "replay":
+        if method.schedule.spread == "replay":
             now = {layer: self.weight(layer).clone() for layer in layers}
-            for layer in layers if method.values_under == "original" else ():
+            for layer in layers if method.values.values_under == "original" else ():
                 self.weight(layer).copy_(originals[layer])
             for layer in layers[1:]:
                 own_z[layer] = torch.stack([self.replayed(f, layers[0], layer, z_first[j]) for j, f in enumerate(facts)])
             for layer in layers:
                 self.weight(layer).copy_(now[layer])
         statuses, chosen, residuals_seen, unit = [], [], [], None
-        for _ in range(method.passes):
+        for _ in range(method.schedule.passes):
             norms = [float((z[j] - self.hidden(f, last)).norm()) for j, f in enumerate(facts)]
             if unit is None:
-                unit = sum(norms) / len(norms) if method.band_unit == "relative" else 1.0
-            taken = [j for j, norm in enumerate(norms) if method.alpha * unit < norm < method.upper_bound * unit]
+                unit = sum(norms) / len(norms) if method.schedule.band_unit == "relative" else 1.0
+            taken = [j for j, norm in enumerate(norms) if method.schedule.alpha * unit < norm < method.schedule.upper_bound * unit]
             if not taken:
                 break
             statuses.append(taken)
@@ -250,26 +251,27 @@ class Reference:
                 residual = torch.stack([z[j] - self.hidden(facts[j], last) for j in range(len(facts))])
                 residuals_seen.append(residual.norm(dim=1))
                 share = residual[taken] / (len(layers) - place)
-                if method.spread != "even":
+                if method.schedule.spread != "even":
                     share = torch.stack([own_z[layer][j] - self.hidden(facts[j], layer) for j in taken])
                 keys = torch.stack([self.key(facts[j], prefixes, layer) for j in taken])
-                scores = score(keys, method.neuron_score, moments[layer].double(), self.weight(layer))
-                neurons = sorted(select(scores.sum(0), method.neuron_threshold, method.selection_rule))
-                if method.per == "fact":
-                    own = [select(s, method.neuron_threshold, method.selection_rule) for s in scores]
+                scores = score(keys, method.neurons.neuron_score.name, moments[layer].double(), self.weight(layer))
+                neurons = sorted(select(scores.sum(0), method.neurons.neuron_threshold, method.neurons.selection_rule.name))
+                if method.neurons.per == "fact":
+                    own = [select(s, method.neurons.neuron_threshold, method.neurons.selection_rule.name) for s in scores]
                     neurons = sorted(set().union(*own))
                     cut = [[float(v) if i in s else 0.0 for i, v in enumerate(k)] for k, s in zip(keys, own, strict=True)]
                     keys = torch.tensor(cut, dtype=torch.float64)
                 chosen.append(neurons)
-                old = history[layer] if method.use_history and layer in history else torch.zeros_like(moments[layer]).double()
+                old = history[layer] if method.solver.use_previous_keys and layer in history else torch.zeros_like(moments[layer]).double()
                 change = solved(method, moments[layer].double(), old, keys, share, neurons)
                 change = multiplied(method, change, moments[layer].double(), self.weight(layer), neurons)
-                if method.keep_share < 1:
-                    change = largest_kept(change, self.weight(layer)[:, neurons], method.keep_share)
+                if "keep_largest" in steps:
+                    change = largest_kept(change, self.weight(layer)[:, neurons], steps["keep_largest"].keep_share)
                 self.weight(layer)[:, neurons] += change
-        if method.compress:
+        if "compress_growth" in steps:
             for layer in layers:
-                self.weight(layer).copy_(compressed(self.weight(layer), originals[layer].double(), method.compress_base))
+                base = steps["compress_growth"].compress_base
+                self.weight(layer).copy_(compressed(self.weight(layer), originals[layer].double(), base))
         for layer in layers:
             keys = torch.stack([self.key(f, prefixes, layer) for f in facts])
             history[layer] = history.get(layer, torch.zeros(keys.shape[1], keys.shape[1]).double()) + keys.T @ keys
@@ -323,29 +325,30 @@ def solved(method: Any, moments: Tensor, old: Tensor, keys: Tensor, residuals: T
     """ΔW[:, I] by one dense solve, whichever solver: for the null space the equation as it is released, not symmetric."""
     on = torch.eye(len(moments), dtype=torch.float64)[neurons]
     identity = torch.eye(len(neurons), dtype=torch.float64)
-    if method.solver == "least_squares":
-        preserved = method.mom2_update_weight * moments + old + method.ridge * torch.eye(len(moments), dtype=torch.float64)
+    if method.solver.name == "least_squares":
+        preserved = method.solver.mom2_update_weight * moments + old + method.solver.ridge * torch.eye(len(moments), dtype=torch.float64)
         return update(preserved, keys, residuals, neurons)
-    p = projector(on @ moments @ on.T, method.nullspace_threshold, method.nullspace_unit)
+    p = projector(on @ moments @ on.T, method.solver.nullspace_threshold, method.solver.nullspace_unit)
     k = keys[:, neurons].T
-    return (torch.linalg.inv(p @ (k @ k.T + on @ old @ on.T) + method.ridge * identity) @ p @ k @ residuals.double()).T
+    return (torch.linalg.inv(p @ (k @ k.T + on @ old @ on.T) + method.solver.ridge * identity) @ p @ k @ residuals.double()).T
 
 
 def multiplied(method: Any, change: Tensor, moments: Tensor, weight: Tensor, neurons: list[int]) -> Tensor:
     """ΔW[:, I] times the multiplier, a dense matrix."""
-    if method.multiplier == "null_space":
-        return change @ projector(moments[neurons][:, neurons], method.nullspace_threshold, method.nullspace_unit)
-    if method.multiplier == "off_top":
+    steps = {step.name: step for step in method.post_process}
+    if step := steps.get("project_on_null_space"):
+        return change @ projector(moments[neurons][:, neurons], step.nullspace_threshold, step.nullspace_unit)
+    if step := steps.get("damp_top_directions"):
         rows = torch.stack([row / row.norm() for row in weight[:, neurons]])
         values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
         total, running, top = float(values.sum()), 0.0, []
         for value, vector in sorted(zip(values.tolist(), vectors.T, strict=True), key=lambda pair: -pair[0]):
             top.append(vector)
             running += value
-            if running > method.top_share * total:
+            if running > step.top_share * total:
                 break
         u = torch.stack(top).T
-        return change @ (torch.eye(len(neurons), dtype=torch.float64) - method.top_damping * u @ u.T)
+        return change @ (torch.eye(len(neurons), dtype=torch.float64) - step.top_damping * u @ u.T)
     return change
 
 

@@ -12,18 +12,17 @@ import transformers as tf
 from helpers.models import CONTEXTS, NAMES, build, moments_for, tokenizer
 from helpers.sessions import same, weights
 from helpers.shown import STREAM
-from nse_tools import plots
+from nse_tools import methods, plots
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import ModelError
 from nse_tools.io.patch import apply_patch, remove_patch
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.loading import load_model
-from nse_tools.steps.config import Method
 from nse_tools.steps.keys import collect_keys
 from nse_tools.steps.values import compute_values
 
 LAYERS = (1, 2)
-METHOD = Method("whole way", LAYERS, v_lr=0.3, v_num_grad_steps=4, mom2_update_weight=0.1, neuron_threshold=0.8)
+METHOD = methods.nse(None, name="whole way", layers=LAYERS, v_lr=0.3, v_num_grad_steps=4, mom2_update_weight=0.1, neuron_threshold=0.8)
 FIRST, SECOND = STREAM.rounds(of=2)
 
 
@@ -39,7 +38,7 @@ def test_the_whole_way(name: str, tmp_path: Path) -> None:
     table = values.to_frame()
     assert values.z.shape == (2, model.d_model)
     assert (table.loss < values.trace.groupby("fact", sort=False).loss.first().to_numpy()).all()
-    assert collect_keys(model, FIRST, CONTEXTS, 1).values.shape == (2, model.d_ff)
+    assert collect_keys(model, FIRST, CONTEXTS, 1).matrix.shape == (2, model.d_ff)
 
     one, two = session.edit(FIRST, values), session.edit(SECOND)
     residuals = one.residuals()

@@ -144,7 +144,7 @@ def compare(
 
     with errors_in_one_line():
         settings = {"preset": None if preset == "none" else preset, **settings_of(change or [])}
-        chosen = [known_methods.get(name.strip(), **settings) for name in methods.split(",")]
+        chosen = [known_methods.get(name.strip(), common=settings) for name in methods.split(",")]
         stream = some_of(facts, n, skip)
         tested, numbers = numbers_of("--test-at", test_at), numbers_of("--seeds", seeds)
         result = compare(

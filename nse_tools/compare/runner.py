@@ -25,13 +25,13 @@ from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, SettingError, StateError
+from nse_tools.methods.base import Method
 from nse_tools.metrics.forgetting import round_perplexity, round_scores
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.files import digest_of_bytes
 from nse_tools.models.weights import bytes_of, changed_layers, checksum_of, digest_of
 from nse_tools.parallel.executor import Executor
 from nse_tools.steps._value_cache import ValueCache
-from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import STARTERS, Contexts, sample_contexts
 from nse_tools.tracing.corpus import Corpus, sample_corpus
 from nse_tools.tracing.moments import SecondMoments, second_moments

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nse_tools.errors import SettingError
+from nse_tools.methods.base import Method
 from nse_tools.models.files import alone_at, digest_of_bytes, write_durably, write_folder_durably
-from nse_tools.steps.config import Method
 
 _log = logging.getLogger(__name__)
 MANIFEST, ABOUT, SCORES, ROUNDS = "comparison.json", "cell.json", "scores", "rounds"

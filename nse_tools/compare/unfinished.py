@@ -14,9 +14,9 @@ from nse_tools.compare.store import check_settings, plain, read_tables, write_ta
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StorageError
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.files import alone_at, remove_folder, write_durably
-from nse_tools.steps.config import Method
 
 _log = logging.getLogger(__name__)
 _METHOD, _SESSION, _TESTED = "method.json", "session", "tested"

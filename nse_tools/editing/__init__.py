@@ -2,6 +2,7 @@
 
 from nse_tools.editing.calibration import Calibration, calibrate
 from nse_tools.editing.changes import ParameterChanges
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.ordering import order_facts, packed_order, spread_order
 from nse_tools.editing.preview import EditPreview
 from nse_tools.editing.session import EditSession
@@ -10,6 +11,7 @@ from nse_tools.editing.verification import Verification
 __all__ = [
     "Calibration",
     "EditPreview",
+    "EditRound",
     "EditSession",
     "ParameterChanges",
     "Verification",

@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nse_tools._repr import table_html
+from nse_tools._validate import checked_layers
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.errors import FactError, ModelError
+from nse_tools.methods import LocateThenEdit, nse
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
-from nse_tools.steps.keys import SubjectStates, Keys, hidden_states
+from nse_tools.steps.keys import Keys, SubjectStates, hidden_states
 from nse_tools.steps.solvers import PreservedMoments
 from nse_tools.steps.values import TargetValues, compute_values
 from nse_tools.tracing.causal_trace import CausalTrace, causal_trace, first_token_ratio
@@ -87,7 +88,7 @@ def key_spectra(keys: Mapping[int, Keys], moments: SecondMoments) -> dict[int, T
     """
     found = {}
     for layer, k in keys.items():
-        columns = k.values.double().T
+        columns = k.matrix.double().T
         solved, _ = PreservedMoments(layer, moments[layer], 1.0).solve(torch.arange(len(columns)), columns)
         found[layer] = torch.linalg.eigvalsh(columns.T @ solved).clamp(min=0)
     return found
@@ -200,7 +201,7 @@ class Calibration:
         Seed of sample, noise, contexts and text for C.
     """
 
-    method: Method
+    method: LocateThenEdit
     choices: tuple[tuple[str, Any, str], ...] = field(repr=False)
     trace: CausalTrace | None = field(repr=False)
     layers: pd.DataFrame = field(repr=False)
@@ -218,8 +219,9 @@ class Calibration:
     def __repr__(self) -> str:
         m = self.method
         return (
-            f"Calibration({self.model}, {len(self.fact_ids)} facts, seed {self.seed}: layers {span(m.layers)}, v_lr {m.v_lr:g}, "
-            f"clamp {m.clamp_norm_factor:g}, λ {m.mom2_update_weight:g}, α {m.alpha:g}, upper bound {m.upper_bound:g})"
+            f"Calibration({self.model}, {len(self.fact_ids)} facts, seed {self.seed}: layers {span(m.layers)}, v_lr {m.values.v_lr:g}, "
+            f"clamp {m.values.clamp_norm_factor:g}, λ {m.setting('mom2_update_weight'):g}, "
+            f"α {m.schedule.alpha:g}, upper bound {m.schedule.upper_bound:g})"
         )
 
     def _repr_html_(self) -> str:
@@ -294,14 +296,14 @@ def calibrate(
         bar.update()
         weights, weight = _weight(model, sample, chosen, contexts, moments)
         bar.update()
-        base = Method(name, chosen, mom2_update_weight=weight[1])
+        base = nse(None, name=name, layers=chosen, mom2_update_weight=weight[1])
         searched, h0 = sample[:SEARCHED], hidden_states(model, sample, chosen[-1]).norm(dim=1)
         rates, rate = _rate(model, searched, contexts, base, float(h0.mean()))
         bar.update()
         clamps, clamp = _clamp(model, searched, contexts, base.with_(v_lr=rate[1]))
         bar.update()
     choices = (("layers", chosen, why), weight, rate, clamp, *_band(clamps, clamp[1], h0), *_RELEASED)
-    method = Method(name, **{setting: value for setting, value, _ in choices})
+    method = nse(None, name=name, **{setting: value for setting, value, _ in choices})
     return Calibration(method, choices, trace, layer_table, weights, rates, clamps, tuple(sample.ids), model.name, seed)
 
 
@@ -322,7 +324,7 @@ def _layers(
     recovered = trace.recovered() if trace else None
     if given is not None:
         model.check_layers(given)
-        chosen, why = Method("given", tuple(given)).layers, "Given."
+        chosen, why = checked_layers(given), "Given."
     else:
         chosen = propose_layers(recovered, ratio)
         why = _why_layers(chosen, recovered)
@@ -372,7 +374,7 @@ def _weight(
     return pd.DataFrame(rows), ("mom2_update_weight", weight, why)
 
 
-def _rate(model: EditableModel, facts: FactList, contexts: Contexts, base: Method, norm_h0: float) -> tuple[pd.DataFrame, _Choice]:
+def _rate(model: EditableModel, facts: FactList, contexts: Contexts, base: LocateThenEdit, norm_h0: float) -> tuple[pd.DataFrame, _Choice]:
     half = _STEPS // 2
     candidates = [rounded(stride * norm_h0 / model.d_model**0.5) for stride in STRIDES]
     traces, shares, losses = [], {}, {}
@@ -387,7 +389,7 @@ def _rate(model: EditableModel, facts: FactList, contexts: Contexts, base: Metho
     return pd.concat(traces, ignore_index=True), ("v_lr", rate, why)
 
 
-def _clamp(model: EditableModel, facts: FactList, contexts: Contexts, base: Method) -> tuple[pd.DataFrame, _Choice]:
+def _clamp(model: EditableModel, facts: FactList, contexts: Contexts, base: LocateThenEdit) -> tuple[pd.DataFrame, _Choice]:
     tables, shares, losses = [], {}, {}
     for clamp in CLAMPS:
         values = compute_values(model, facts, contexts, base.with_(clamp_norm_factor=clamp, v_num_grad_steps=_STEPS))

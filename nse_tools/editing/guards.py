@@ -13,9 +13,9 @@ from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.round_list import Rounds
 from nse_tools.errors import FactError, SettingError
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import copy_of, uninterrupted, write_weights
-from nse_tools.steps.config import Method
 from nse_tools.steps.records import Replaced
 from nse_tools.steps.update import first_bad
 from nse_tools.steps.values import TargetValues

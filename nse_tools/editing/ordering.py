@@ -147,5 +147,5 @@ def order_facts(
     if model is None or layer is None:
         raise SettingError(f"The order {policy!r} compares keys: say of which model and layer (model=…, layer=method.layers[0]).")
     with model.original_weights():
-        keys = collect_keys(model, facts, contexts, layer).values.numpy()
+        keys = collect_keys(model, facts, contexts, layer).matrix.numpy()
     return FactList((facts[row] for row in _BY_KEYS[policy](keys)), facts.name)

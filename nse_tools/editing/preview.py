@@ -12,10 +12,10 @@ import pandas as pd
 from nse_tools._repr import table_html
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.turns import Turn
 from nse_tools.models.weights import copy_of, weights_in_place
 from nse_tools.steps.neurons import NeuronSelection
-from nse_tools.steps.records import EditRound
 from nse_tools.steps.values import TargetValues
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def preview_edit(session: EditSession, facts: Fact | Sequence[Fact], values: Tar
     """
     model = session.model
     session._turn.check(session)
-    if session.method.solver != "gradient":
+    if session.method.needs_moments:
         _ = session.moments  # else the copy alone would have them
     _ = session.contexts
     trial = copy(session)

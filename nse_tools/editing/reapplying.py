@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.errors import SettingError
 from nse_tools.models.weights import digest_of
 from nse_tools.steps.keys import SubjectStates
-from nse_tools.steps.records import EditRound
 from nse_tools.steps.update import Writer
 from nse_tools.tracing.contexts import Contexts
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import overload
 
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.steps.keys import Keys
-from nse_tools.steps.records import EditRound, Replaced
+from nse_tools.steps.records import Replaced
 
 
 class HeldRound:

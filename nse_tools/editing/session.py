@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,24 +16,21 @@ from nse_tools import methods
 from nse_tools._repr import table_html
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.guards import check_batch, check_keep, check_moments, check_preset, check_replaced, check_values
 from nse_tools.editing.preview import EditPreview, preview_edit
 from nse_tools.editing.time_travel import TimeTravel
 from nse_tools.editing.timeline import Past
 from nse_tools.editing.turns import Turn
-from nse_tools.errors import SettingError, StateError
-from nse_tools.methods.finetune import fine_tune
-from nse_tools.methods.locate_then_edit import Stopwatch, Written, preserved_moments, write_values
-from nse_tools.methods.rome import write_one_by_one
+from nse_tools.errors import StateError
+from nse_tools.methods.base import Method, RoundInputs
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import digest_of, digest_of_weights
 from nse_tools.parallel.executor import Executor
 from nse_tools.steps._value_cache import ValueCache
-from nse_tools.steps.config import Method
 from nse_tools.steps.preserved import PreviousKeys
-from nse_tools.steps.records import EditRound, Replaced
-from nse_tools.steps.update import Writer
-from nse_tools.steps.values import TargetValues, compute_values, replayed_values
+from nse_tools.steps.records import Replaced
+from nse_tools.steps.values import TargetValues
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
 
@@ -105,7 +103,7 @@ class EditSession(TimeTravel):
         self.name = "main"
         self._contexts, self._moments = contexts, moments
         self._history = PreviousKeys()
-        self._bases = None
+        self._prepared = None
         check_preset(self.method, model)
         model.check_layers(self.method.layers)
         if moments is not None:
@@ -161,27 +159,21 @@ class EditSession(TimeTravel):
         if values is not None:
             check_values(values, batch, self.method, self.model.d_model)
         check_replaced(replaces, self.rounds)
-        watch = Stopwatch()
         with self._all_or_nothing():
-            writer = self._writer()
-            values, written = self._write(batch, values, watch, writer, self.history.without(replaces))
+            inputs = self._inputs(replaces)
+            result = self.method.run_round(self.model, batch, inputs, values)
             done = EditRound(
                 number=len(self) + 1,
                 facts=batch,
                 method=self.method,
-                values=values,
-                passes=written.passes,
-                final_residuals=written.final_residuals,
-                final_keys=written.final_keys,
-                seconds=dict(watch.seconds),
                 digest=digest_of(self.model, self.method.layers),
-                after=written.after,
-                first_values=written.first_values,
                 replaces=tuple(replaces),
+                **{f.name: getattr(result, f.name) for f in fields(result)},
             )
             self._commit(self._past.and_then(done))
-        if self.method.rounding == "master":
-            self._masters = self.rounds, writer.masters
+        if self.method.apply.rounding == "master":
+            assert inputs.writer is not None
+            self._masters = self.rounds, inputs.writer.masters
         if done.number == 1 and done.rounding_loss > 0.5:
             _log.warning(
                 "rounding to %s lost %.0f %% of the first round's updates (round.rounding()); method.with_(rounding='stochastic') or "
@@ -343,31 +335,16 @@ class EditSession(TimeTravel):
     def _repr_html_(self) -> str:
         return table_html(self.to_frame(), head=self)
 
-    def _write(
-        self, facts: FactList, values: TargetValues | None, watch: Stopwatch, writer: Writer, history: PreviousKeys
-    ) -> tuple[TargetValues, Written]:
-        """Change the weights as the method's solver does; return the values and what was done."""
-        model, method = self.model, self.method
-        shown: dict[str, Any] = {"watch": watch, "progress": self.progress, "writer": writer}
-        if method.solver == "gradient":
-            if values is not None:
-                raise SettingError("Fine-tuning (solver 'gradient') seeks no values and can be given none.")
-            return fine_tune(model, method, facts, self.contexts, **shown)
-        if self._bases is None or self._bases[0] is not method:
-            self._bases = method, preserved_moments(method, self.moments)
-        inputs = (self.contexts, self.moments, history)
-        if method.solver == "rank_one":
-            return write_one_by_one(
-                model, method, facts, values, *inputs, bases=self._bases[1], cache=self.value_cache, executor=self.executor, **shown
-            )
-        where: dict[str, Any] = {"cache": self.value_cache, "executor": self.executor}
-        first = None
-        with watch.time("values"):
-            if method.seeks_first:
-                at_first = method.with_(layers=method.layers[:1])
-                first = compute_values(model, facts, self.contexts, at_first, progress=self.progress, **where)
-            if values is None and first is not None and method.spread == "replay":
-                values = replayed_values(model, facts, method, first)
-            if values is None:
-                values = compute_values(model, facts, self.contexts, method, progress=self.progress, **where)
-        return values, write_values(model, method, facts, values, *inputs, first_values=first, bases=self._bases[1], **shown)
+    def _inputs(self, replaces: Sequence[Replaced] = ()) -> RoundInputs:
+        """Return what the method needs for the next round."""
+        if self._prepared is None or self._prepared[0] is not self.method:
+            self._prepared = self.method, self.method.prepare(self.moments) if self.method.needs_moments else {}
+        return RoundInputs(
+            contexts=self.contexts,
+            prepared=self._prepared[1],
+            previous_keys=self.history.without(replaces),
+            writer=self._writer(),
+            value_cache=self.value_cache,
+            executor=self.executor,
+            progress=self.progress,
+        )

@@ -9,18 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from nse_tools.data.fact_list import FactList
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.guards import all_or_nothing, check_moments
 from nse_tools.editing.round_list import Rounds
 from nse_tools.editing.timeline import Checkpoint, Past, masters_after
 from nse_tools.editing.turns import Turn
+from nse_tools.methods.base import Method, Preparation
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import uninterrupted, write_weights
 from nse_tools.parallel.executor import Executor
 from nse_tools.steps._value_cache import ValueCache
-from nse_tools.steps.config import Method
 from nse_tools.steps.preserved import PreviousKeys
-from nse_tools.steps.records import EditRound
-from nse_tools.steps.solvers import PreservedMoments
 from nse_tools.steps.update import Writer
 from nse_tools.tracing.contexts import Contexts, sample_contexts
 from nse_tools.tracing.moments import SecondMoments, second_moments
@@ -47,7 +46,7 @@ class SessionState:
     _moments: SecondMoments | None
     _past: Past
     _history: PreviousKeys
-    _bases: tuple[Method, dict[int, PreservedMoments]] | None
+    _prepared: tuple[Method, dict[int, Preparation]] | None
     _masters: tuple[Rounds, dict[int, Tensor]] | None = None
     _turn: Turn
     _checkpoint: Checkpoint | None = None
@@ -117,8 +116,8 @@ class SessionState:
     def _writer(self, upto: int | None = None) -> Writer:
         """Return what writes the updates of the round after ``upto`` (after the last, by default)."""
         rounds = self.rounds[:upto]
-        masters = self._masters_after(rounds) if self.method.rounding == "master" else None
-        return Writer(self.model, self.method.rounding, seed=self.seed, number=len(rounds) + 1, masters=masters)
+        masters = self._masters_after(rounds) if self.method.apply.rounding == "master" else None
+        return Writer(self.model, self.method.apply.rounding, seed=self.seed, number=len(rounds) + 1, masters=masters)
 
     def _masters_after(self, rounds: Rounds) -> dict[int, Tensor]:
         """Return the master copies of the edited weights after some rounds; those of the last edit are at hand."""
@@ -160,10 +159,10 @@ class SessionState:
         upto = len(self) - self.keep
         older = self._past.rounds.held[:upto]
         # a master copy cannot be told from the weights it was rounded to: its rounds are always added from the first on
-        if any(held.in_memory for held in older) and self.method.rounding != "master":
+        if any(held.in_memory for held in older) and self.method.apply.rounding != "master":
             self._checkpoint = self._past.checkpoint(upto, self._checkpoint, self._originals())
         # few old keys enter the solve as they are; once they are summed, or where none are used, they are not asked for again
-        n_summed = self._history.n_summed if self.method.use_history else upto
+        n_summed = self._history.n_summed if self.method.setting("use_previous_keys") else upto
         for number, held in enumerate(older, start=1):
             if held.in_memory:
                 held.let_go(folder.reader(held))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nse_tools.editing.changes import ParameterChanges, parameter_changes
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.guards import all_or_nothing
 from nse_tools.editing.reapplying import reapply
 from nse_tools.editing.round_list import HeldRound, Rounds
@@ -24,7 +25,7 @@ from nse_tools.editing.verification import Verification, verify_past
 from nse_tools.errors import SettingError, StateError
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import copy_of, digest_of, digest_of_weights, surely_afterwards, weights_in_place, write_weights
-from nse_tools.steps.records import EditRound, Replaced
+from nse_tools.steps.records import Replaced
 
 
 class TimeTravel(SessionState):
@@ -79,7 +80,7 @@ class TimeTravel(SessionState):
         """
         ahead = self._past.forward_to(len(self) + 1 if to is None else to)
         self._check_untouched()
-        if self.method.rounding == "master":  # what the master copies hold cannot be told from the rounded weights
+        if self.method.apply.rounding == "master":  # what the master copies hold cannot be told from the rounded weights
             start, rounds = self._originals(), ahead.rounds
         else:
             start, rounds = {layer: copy_of(self.model.weight(layer)) for layer in self.method.layers}, ahead.rounds[len(self) :]
@@ -315,7 +316,7 @@ class TimeTravel(SessionState):
         """
         live = {layer: self.model.weight(layer) for layer in self.method.layers}
         held_by = None if self._turn.holder is self else self._turn.holder.name
-        return verify_past(self._past, self._originals(), live, held_by, self.method.rounding)
+        return verify_past(self._past, self._originals(), live, held_by, self.method.apply.rounding)
 
     # ---- by which it is done -----------------------------------------------------------------------------------------
     def _check_untouched(self) -> None:
@@ -324,7 +325,7 @@ class TimeTravel(SessionState):
 
     def _made_again(self, start: Mapping[int, Tensor], rounds: Rounds, digest: str, round: int) -> dict[int, Tensor]:
         """Return the weights after some rounds, on those before them, compared with the digest after ``round``, the last of them."""
-        weights = next(islice(replay(start, rounds, self.method.rounding), len(rounds), None))
+        weights = next(islice(replay(start, rounds, self.method.apply.rounding), len(rounds), None))
         if digest_of_weights(weights.values()) != digest:
             raise StateError(
                 f"The weights of round {round} could not be made again bit for bit; was the thread count changed, or the record? "

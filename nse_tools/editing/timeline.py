@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from nse_tools.data.fact_list import FactList
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.round_list import HeldRound, Rounds
 from nse_tools.errors import SettingError
 from nse_tools.steps.config import Rounding
-from nse_tools.steps.records import EditRound
 from nse_tools.steps.update import narrowed, widened
 
 

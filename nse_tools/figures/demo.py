@@ -16,9 +16,9 @@ from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError
 from nse_tools.figures._provenance import settings_of
 from nse_tools.figures.folders import make_folder
+from nse_tools.methods.base import Method
 from nse_tools.metrics.forgetting import ForgettingMatrix, forgetting_matrix, session_scores, usual_measure
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from nse_tools.errors import SettingError, StorageError, nearest
 from nse_tools.figures._provenance import settings_of
 from nse_tools.figures.folders import make_folder
 from nse_tools.metrics.forgetting import ForgettingMatrix, matrix_of, round_perplexity, round_scores
-from nse_tools.metrics.forgotten_facts import ForgottenFacts, statuses, forgotten_facts
+from nse_tools.metrics.forgotten_facts import ForgottenFacts, forgotten_facts, statuses
 from nse_tools.metrics.scores import REWRITE
 from nse_tools.metrics.update_spectra import update_spectra
 from nse_tools.models.files import digest_of_bytes, write_durably

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
 from nse_tools.metrics.drift import hidden_shift
 from nse_tools.metrics.forgetting import round_scores
@@ -21,7 +22,6 @@ from nse_tools.metrics.generation import ReferenceTexts, consistency, fluency, g
 from nse_tools.metrics.neuron_reports import round_update
 from nse_tools.metrics.scores import NEIGHBORHOOD, REWRITE
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.records import EditRound
 
 WITH_TEXTS = ("answers", "shift")
 """The tables that quote facts: prompts, targets."""
@@ -159,7 +159,7 @@ def _effects_at(made: Sequence[EditRound], layer: int) -> pd.DataFrame:
     later, rewritten = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[1], dtype=torch.float64)
     tables = []
     for done in reversed(made):
-        delta, keys = round_update(done, layer), done.final_keys[layer].values.double()
+        delta, keys = round_update(done, layer), done.final_keys[layer].matrix.double()
         if done.number < made[-1].number:
             tables.append(_of_round(done, keys, keys @ delta.T, keys @ later.T, rewritten))
         later += delta

@@ -13,11 +13,11 @@ import pandas as pd
 
 from nse_tools._provenance import machine, versions
 from nse_tools._repr import table_html
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import StorageError
 from nse_tools.figures.folders import make_folder
 from nse_tools.metrics.forgetting import ForgettingMatrix, forgetting_matrix, session_scores, usual_measure
-from nse_tools.steps.records import EditRound
 
 _STYLE = """
 body { font: 14px/1.45 Helvetica, Arial, sans-serif; color: #222; max-width: 75em; margin: 2em auto; padding: 0 1em; }

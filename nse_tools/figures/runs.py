@@ -24,9 +24,9 @@ from nse_tools.data.fact_list import FactList
 from nse_tools.editing.ordering import order_facts
 from nse_tools.errors import SettingError, nearest
 from nse_tools.figures import measurements
+from nse_tools.methods.base import Method
 from nse_tools.metrics.generation import ReferenceTexts
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import STARTERS
 from nse_tools.tracing.corpus import Corpus, sample_corpus
 
@@ -54,7 +54,7 @@ class Maker:
 
     def __call__(self, method: str, **changed: Any) -> Method:
         """Return a method by its name; what is changed for it comes last."""
-        return methods.get(method, preset=self.preset, **{**self.settings, **changed})
+        return methods.get(method, common=self.settings, preset=self.preset, **changed)
 
     def each(self, names: Iterable[str]) -> tuple[Method, ...]:
         """Return methods by their names; :data:`RECIPE` is among them only if the preset has one."""
@@ -191,7 +191,7 @@ def _round_size(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
 def _ablation(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
     grid = product(("original", "current"), (True, False), (1.0, 0.8), (1, 2))
     variants = [
-        make("nse", values_under=values, use_history=old, neuron_threshold=p, passes=passes).with_(
+        make("nse", values_under=values, use_previous_keys=old, neuron_threshold=p, passes=passes).with_(
             name=variant_name(values, old, p, passes)
         )
         for values, old, p, passes in grid
@@ -209,8 +209,8 @@ def _sensitivity(make: Maker, size: RunSize, n_layers: int) -> dict[str, Part]:
     base = make("nse")
     values: dict[str, Sequence[Any]] = {
         "neuron_threshold": (0.5, 0.8, 0.9, 1.0),
-        "alpha": tuple(base.alpha * f for f in (0.2, 1, 4)),
-        "mom2_update_weight": tuple(base.mom2_update_weight * f for f in (0.02, 0.2, 1, 5, 20)),
+        "alpha": tuple(base.setting("alpha") * f for f in (0.2, 1, 4)),
+        "mom2_update_weight": tuple(base.setting("mom2_update_weight") * f for f in (0.02, 0.2, 1, 5, 20)),
         "layers": tuple(
             tuple(layer + by for layer in base.layers)
             for by in (-2, 0, 2, 4)

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from nse_tools._provenance import machine, versions
 from nse_tools._repr import table_html
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.round_list import HeldRound, Rounds
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StorageError
@@ -33,7 +34,6 @@ from nse_tools.io._manifest import MANIFEST, OWN_FILE, PREVIOUS, Manifest, Newer
 from nse_tools.io._rounds import ABOUT, MALFORMED, files_of, names_in, round_from
 from nse_tools.io.serialize import tensors_to_bytes
 from nse_tools.models.files import digest_of_bytes, make_folder, remove_folder, remove_scratch, write_durably, write_folder_durably
-from nse_tools.steps.records import EditRound
 from nse_tools.tracing.moments import SecondMoments
 
 _log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from nse_tools.errors import StorageError
 from nse_tools.io._identity import ModelIdentity, MomentsIdentity
 from nse_tools.io._rounds import MALFORMED, from_json, to_json
 from nse_tools.io.serialize import Parts, decode, encode
+from nse_tools.methods.base import Method
 from nse_tools.models.files import digest_of_bytes, write_durably
-from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import Contexts
 
 FORMAT = 2

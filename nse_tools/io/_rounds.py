@@ -8,10 +8,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.errors import NSEError
 from nse_tools.io.serialize import Parts, decode, encode, table_from_bytes, table_to_bytes, tensors_from_bytes, tensors_to_bytes
 from nse_tools.models.files import digest_of_bytes
-from nse_tools.steps.records import EditRound
 
 ABOUT, FACTS, TENSORS, RESIDUALS = "round.json", "facts.json", "tensors.safetensors", "residuals.csv"
 _SEARCH = {"values.trace": "value_search.csv", "first_values.trace": "first_value_search.csv"}

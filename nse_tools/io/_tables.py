@@ -9,11 +9,11 @@ from typing import Any, cast
 import pandas as pd
 
 from nse_tools.data.fact import Fact
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
 from nse_tools.io._folder import SessionFolder
 from nse_tools.io._rounds import MALFORMED
 from nse_tools.io.serialize import table_from_bytes, table_to_bytes
-from nse_tools.steps.records import EditRound
 
 _log = logging.getLogger(__name__)
 ROUNDS, SCORES = "rounds.csv", "scores.csv"

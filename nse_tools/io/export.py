@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nse_tools._provenance import versions
 from nse_tools.data.fact_list import FactList
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import ExportError, SettingError, nearest
 from nse_tools.io._patch_manifest import (
@@ -40,7 +41,6 @@ from nse_tools.io.patch import export_patch
 from nse_tools.models.architecture import stores_transposed, submodule
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import copy_of
-from nse_tools.steps.records import EditRound
 from nse_tools.steps.update import LayerUpdate
 
 _PROMPTS = 8

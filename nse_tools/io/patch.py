@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.errors import ExportError, ModelError, PatchError
 from nse_tools.io._exact import same_bits
 from nse_tools.io._patch_file import PatchFile, packed, replay, write_patch
@@ -17,7 +18,6 @@ from nse_tools.io._patch_manifest import SharedEdit, SharedParameter, Step, dige
 from nse_tools.io._places import MANIFEST, new_file
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import copy_of, plain_config, write_weights
-from nse_tools.steps.records import EditRound
 from nse_tools.steps.update import LayerUpdate
 
 Stored = tuple[SharedParameter, dict[str, Tensor]]

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
+from nse_tools.errors import SettingError
+from nse_tools.methods import Method, from_dict
 
 _UNUSUAL = {"nan", "inf", "-inf"}
 """Numbers that JSON has no words for are written as these texts."""
@@ -57,6 +59,8 @@ def encode(value: Any, parts: Parts, name: str = "") -> Any:
     if isinstance(value, pd.DataFrame):
         parts.tables[name] = value
         return {"table": name, "columns": {str(column): str(dtype) for column, dtype in value.dtypes.items()}}
+    if isinstance(value, Method):
+        return encode(value.to_dict(), parts, name)
     if isinstance(value, FactList):
         return {"name": value.name, "facts": [fact.to_dict() for fact in value]}
     if isinstance(value, Mapping):
@@ -98,6 +102,8 @@ def decode(hint: Any, data: Any, parts: Parts, name: str = "") -> Any:
         return _part(parts.tensors, "tensor", data, name)
     if hint is pd.DataFrame:
         return _typed(_part(parts.tables, "table", data, name), data, name)
+    if hint is Method:
+        return _method(_of(dict, data, name), name)
     if hint is FactList:
         return _fact_list(data, name)
     if is_dataclass(hint):
@@ -119,6 +125,20 @@ def _record(kind: Any, data: dict[str, Any], parts: Parts, name: str) -> Any:
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
+
+
+def _method(data: dict[str, Any], name: str) -> Method:
+    try:
+        return from_dict({key: _with_numbers(value) for key, value in data.items()})
+    except SettingError as wrong:
+        raise ValueError(f"{name}: {wrong}") from wrong
+
+
+def _with_numbers(value: Any) -> Any:
+    """Return settings with numbers for the texts that JSON has for them."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    return float(value) if isinstance(value, str) and value in _UNUSUAL else value
 
 
 def _fact_list(data: Any, name: str) -> FactList:

@@ -1,17 +1,41 @@
-"""Editing methods by name: ``nse.methods.nse()``, ``memit()``, …; register your own next to them."""
+"""Editing methods by name: ``nse.methods.nse()``, ``memit()``, …; register your own next to them.
 
-import nse_tools.methods.finetune
-import nse_tools.methods.locate_then_edit
-import nse_tools.methods.rome  # noqa: F401  (before the function of this name)
-from nse_tools.methods._builders import DEFAULT_PRESET, alphaedit, build, ft, ft_l, memit, memit_seq, nse, presets, prune, rect, rome
-from nse_tools.methods.base import MethodDifferences, describe, get, names, register, table
+>>> from nse_tools import methods
+>>> methods.nse(neuron_threshold=0.8).neurons.neuron_threshold
+0.8
+>>> methods.get("memit", mom2_update_weight=100).name
+'memit'
+"""
+
+from nse_tools.methods._presets import DEFAULT_PRESET, build, presets
+from nse_tools.methods.base import Method, MethodDifferences, RoundInputs, describe, from_dict, get, names, register, table
+from nse_tools.methods.locate_then_edit import LocateThenEdit
+from nse_tools.methods.nse import nse  # isort: split
+
+from nse_tools.methods.memit import memit, memit_seq  # isort: split
+
+from nse_tools.methods.alphaedit import alphaedit  # isort: split
+
+from nse_tools.methods.rect import rect  # isort: split
+
+from nse_tools.methods.prune import prune  # isort: split
+
+from nse_tools.methods.rome import RankOne, rome  # isort: split
+
+from nse_tools.methods.finetune import FineTune, ft, ft_l
 
 __all__ = [
     "DEFAULT_PRESET",
+    "FineTune",
+    "LocateThenEdit",
+    "Method",
     "MethodDifferences",
+    "RankOne",
+    "RoundInputs",
     "alphaedit",
     "build",
     "describe",
+    "from_dict",
     "ft",
     "ft_l",
     "get",

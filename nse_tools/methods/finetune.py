@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
 
 import pandas as pd
 import torch
@@ -13,100 +13,102 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nse_tools.data.fact_list import FactList
-from nse_tools.errors import EditError
-from nse_tools.methods.locate_then_edit import Stopwatch, Written
+from nse_tools.errors import EditError, SettingError
+from nse_tools.methods._presets import DEFAULT_PRESET, build
+from nse_tools.methods.base import Method, RoundInputs, register
+from nse_tools.methods.rome import check_one_layer
 from nse_tools.models.architecture import stores_transposed
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps._value_optimizer import MEMORY_BUDGET, tokens_within
-from nse_tools.steps.config import Method
-from nse_tools.steps.keys import SubjectStates, Keys
+from nse_tools.steps.config import FineTuneConfig
+from nse_tools.steps.keys import Keys, SubjectStates
 from nse_tools.steps.neurons import select_neurons
-from nse_tools.steps.records import TAKEN, EditPass, LayerStep
-from nse_tools.steps.update import LayerUpdate, Writer, check_residuals, check_update
+from nse_tools.steps.records import TAKEN, EditPass, LayerStep, RoundResult
+from nse_tools.steps.update import LayerUpdate, check_residuals, check_update
 from nse_tools.steps.values import TargetValues
 from nse_tools.tracing._engine.batching import batches, pad
 from nse_tools.tracing._engine.replay import record_calls, run_layer
-from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.prompts import LocatedPrompt, locate_fact
 
 
-def fine_tune(
-    model: EditableModel,
-    method: Method,
-    facts: FactList,
-    contexts: Contexts,
-    *,
-    writer: Writer | None = None,
-    watch: Stopwatch | None = None,
-    progress: bool = False,
-) -> tuple[TargetValues, Written]:
-    """Change one layer's W_out by Adam until the model says the targets of all facts.
-
-        minimise over W:  mean over facts of −log p(target | prompt)/|target|  +  ft_weight_decay/2 · ‖W‖²
-        after each step, every entry of W − W_before is cut to ± ft_norm_constraint       (FT-L, arXiv 2012.00363)
-
-    on bare prompts, teacher-forced, all facts in one batch. (The released baseline of ROME's authors, arXiv 2202.05262,
-    instead predicts every token of a target at the prompt's last token; for targets of one token the two are the same.)
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FineTune(Method):
+    """Change one layer's W_out by gradient descent; with a bound on every entry's change it is FT-L.
 
     Parameters
     ----------
-    model : EditableModel
-        The model; its weights change.
-    method : Method
-        The settings ``layers`` (one) and ``ft_*``.
-    facts : FactList
-        The facts.
-    contexts : Contexts
-        The contexts of the keys that are recorded, for looking at only.
-    writer : Writer, optional
-        What adds the updates to the weights; by default one for this round, as ``method.rounding`` says.
-    watch : Stopwatch, optional
-        Counts seconds spent on states, keys, solving (the descent) and applying.
-    progress : bool
-        Show a progress bar over the steps.
-
-    Returns
-    -------
-    TargetValues
-        No values are sought: z are the states h^l that were *reached*, h₀ those before, and the trace is the descent's.
-    Written
-        One pass, with residuals ‖z − h^l‖: how far the states moved; at the end 0, by definition.
-
-    Raises
-    ------
-    EditError
-        If a fact's loss is not finite; names fact and step.
+    tuning : FineTuneConfig
+        The descent.
     """
-    watch, writer, layer = watch or Stopwatch(), writer or Writer(model, method.rounding), method.last_layer
-    model.originals.keep([layer])
-    with watch.time("states"):
-        states = SubjectStates.record(model, facts, contexts, layer, layer)
-        before = states.hidden(layer)
-    with watch.time("keys"):
-        keys = states.keys([layer])[layer]  # what the layer reads does not change with what it writes
-    with watch.time("solve"):
-        rows = [locate_fact(model, f) for f in facts]
-        found = _descend(model, method, facts.ids, rows, progress)
-    with watch.time("apply"):
-        update = _update(found.change, keys)
-        check_update(update, model.weight(layer), method, "fine-tuning")
-        update = writer.write(update, keys)
-    with watch.time("states"):
-        reached = states.hidden(layer)
-        check_residuals(reached, facts.ids, layer, "after fine-tuning")
-    values = TargetValues(
-        fact_ids=tuple(facts.ids),
-        layer=layer,
-        z=reached,
-        delta=reached - before,
-        h0=before,
-        trace=found.trace,
-        stop=(found.stop,) * len(facts),
-        replay_mode="gradient",
-        prepended=tuple(row.prepended for row in rows),
-    )
-    step = LayerStep(layer, select_neurons(keys), update, tuple(values.delta.norm(dim=1).tolist()))
-    return values, Written((EditPass(0, (TAKEN,) * len(facts), {layer: step}),), (0.0,) * len(facts), {layer: keys})
+
+    tuning: FineTuneConfig = field(default_factory=FineTuneConfig)
+
+    needs_moments: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_layer(self)
+
+    def run_round(self, model: EditableModel, facts: FactList, inputs: RoundInputs, values: TargetValues | None = None) -> RoundResult:
+        """Change one layer's W_out by Adam until the model says the targets of all facts.
+
+            minimise over W:  mean over facts of −log p(target | prompt)/|target|  +  ft_weight_decay/2 · ‖W‖²
+            after each step, every entry of W − W_before is cut to ± ft_norm_constraint       (FT-L, arXiv 2012.00363)
+
+        on bare prompts, teacher-forced, all facts in one batch. (The released baseline of ROME's authors, arXiv 2202.05262,
+        instead predicts every token of a target at the prompt's last token; for targets of one token the two are the same.)
+        No values are optimised: z of the result are the states h^l that were *reached*, and its one pass has the residuals
+        ‖z − h^l‖, how far the states moved. See :meth:`Method.run_round`.
+        """
+        if values is not None:
+            raise SettingError(f"values: expected none, {self.name!r} fine-tunes and has no target values.")
+        watch, writer, layer = inputs.watch, inputs.writer_for(model, self), self.last_layer
+        model.originals.keep([layer])
+        with watch.time("states"):
+            states = SubjectStates.record(model, facts, inputs.contexts, layer, layer)
+            before = states.hidden(layer)
+        with watch.time("keys"):
+            keys = states.keys([layer])[layer]  # what the layer reads does not change with what it writes
+        with watch.time("solve"):
+            rows = [locate_fact(model, f) for f in facts]
+            descent = _descend(model, layer, self.tuning, facts.ids, rows, inputs.progress)
+        with watch.time("apply"):
+            update = _update(descent.change, keys)
+            check_update(update, model.weight(layer), self.apply.max_update_norm, "fine-tuning")
+            update = writer.write(update, keys)
+        with watch.time("states"):
+            reached = states.hidden(layer)
+            check_residuals(reached, facts.ids, layer, "after fine-tuning")
+        values = TargetValues(
+            fact_ids=tuple(facts.ids),
+            layer=layer,
+            z=reached,
+            delta=reached - before,
+            h0=before,
+            trace=descent.trace,
+            stop=(descent.stop,) * len(facts),
+            replay_mode="gradient",
+            prepended=tuple(row.prepended for row in rows),
+        )
+        step = LayerStep(layer, select_neurons(keys), update, tuple(values.delta.norm(dim=1).tolist()))
+        one_pass = EditPass(0, (TAKEN,) * len(facts), {layer: step})
+        return RoundResult(values, (one_pass,), (0.0,) * len(facts), {layer: keys}, seconds=dict(watch.seconds))
+
+    def __repr__(self) -> str:
+        bound = "" if math.isinf(self.tuning.ft_norm_constraint) else f", entries within ±{self.tuning.ft_norm_constraint:g}"
+        return f"FineTune({self.name}: layer {self.last_layer}, lr {self.tuning.ft_lr:g}, {self.tuning.ft_num_steps} steps{bound})"
+
+
+@register
+def ft(preset: str | None = DEFAULT_PRESET, **settings: Any) -> FineTune:
+    """FT: gradient descent on one layer's down projection; :func:`ft_l` is the same with a bound on every entry."""
+    return build(FineTune, "ft", preset, {}, settings)
+
+
+@register
+def ft_l(preset: str | None = DEFAULT_PRESET, **settings: Any) -> FineTune:
+    """FT-L: fine-tuning where no entry of the weight moves further than ``ft_norm_constraint`` in a round."""
+    return build(FineTune, "ft_l", preset, {}, settings)
 
 
 @dataclass(frozen=True)
@@ -118,29 +120,31 @@ class _Descent:
     stop: str
 
 
-def _descend(model: EditableModel, method: Method, fact_ids: Sequence[str], rows: Sequence[LocatedPrompt], progress: bool) -> _Descent:
+def _descend(
+    model: EditableModel, layer: int, tuning: FineTuneConfig, fact_ids: Sequence[str], rows: Sequence[LocatedPrompt], progress: bool
+) -> _Descent:
     """Find ΔW; the weight is as it was afterwards."""
-    weight, start = model.weight(method.last_layer), model.weight(method.last_layer).clone()
+    weight, start = model.weight(layer), model.weight(layer).clone()
     # kept apart from the weight and in float32, so that steps below the weight's own precision are not lost
     change = torch.zeros(weight.shape, device=weight.device)
-    adam = torch.optim.Adam([change], lr=method.ft_lr)
-    most = tokens_within(MEMORY_BUDGET, model, method.last_layer - 1)  # the layer itself is replayed too
-    parts = [_Prompts(model, method.last_layer, chosen, [rows[i] for i in chosen]) for chosen in batches([len(r.ids) for r in rows], most)]
+    adam = torch.optim.Adam([change], lr=tuning.ft_lr)
+    most = tokens_within(MEMORY_BUDGET, model, layer - 1)  # the layer itself is replayed too
+    parts = [_Prompts(model, layer, chosen, [rows[i] for i in chosen]) for chosen in batches([len(r.ids) for r in rows], most)]
     course = _Course(fact_ids)
     try:
-        for step in tqdm(range(method.ft_num_steps + 1), desc="fine-tuning", unit="step", disable=not progress, leave=False):
-            nll, states, gradient = _evaluate(model, method.last_layer, parts, len(rows))
-            decay = method.ft_weight_decay / 2 * float(weight.double().norm()) ** 2
+        for step in tqdm(range(tuning.ft_num_steps + 1), desc="fine-tuning", unit="step", disable=not progress, leave=False):
+            nll, states, gradient = _evaluate(model, layer, parts, len(rows))
+            decay = tuning.ft_weight_decay / 2 * float(weight.double().norm()) ** 2
             course.note(step, nll, states, decay)
-            if step == method.ft_num_steps or float(nll.mean()) < method.ft_loss_threshold:
+            if step == tuning.ft_num_steps or float(nll.mean()) < tuning.ft_loss_threshold:
                 break
-            change.grad = gradient + method.ft_weight_decay * weight.float()
+            change.grad = gradient + tuning.ft_weight_decay * weight.float()
             adam.step()
-            change.clamp_(-method.ft_norm_constraint, method.ft_norm_constraint)
+            change.clamp_(-tuning.ft_norm_constraint, tuning.ft_norm_constraint)
             weight.copy_(start.double() + change.double())
     finally:
         weight.copy_(start)
-    stop = "loss" if float(nll.mean()) < method.ft_loss_threshold else "steps"
+    stop = "loss" if float(nll.mean()) < tuning.ft_loss_threshold else "steps"
     return _Descent(change.cpu(), course.frame(), stop)
 
 
@@ -161,7 +165,7 @@ class _Prompts:
         self.share = torch.tensor([e[3] for e in entries], device=model.logits_device)
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """Return each row's −log p(target)/|target| and its h^l at the subject's last token, under the weights of the moment."""
+        """Return each row's −log p(target)/|target| and its h^l at the subject's last token, under the current weights."""
         state = written = run_layer(self.model, self.layer, self.calls[self.layer], self.entering)
         for index in range(self.layer + 1, self.model.n_layers):
             state = run_layer(self.model, index, self.calls[index], state)
@@ -221,7 +225,7 @@ class _Course:
 
 def _update(change: Tensor, keys: Keys) -> LayerUpdate:
     """Put a ΔW that is no product of few factors into the record's form: left is the identity."""
-    written = (change.double() @ keys.values.double().T).norm(dim=0)
+    written = (change.double() @ keys.matrix.double().T).norm(dim=0)
     return LayerUpdate(
         keys.layer,
         torch.arange(change.shape[1]),

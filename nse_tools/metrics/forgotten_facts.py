@@ -152,7 +152,7 @@ def _effects(session: EditSession) -> pd.DataFrame:
 def _effects_at(session: EditSession, layer: int) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     rounds = session.rounds
-    keys = [done.final_keys[layer].values.double() for done in rounds]
+    keys = [done.final_keys[layer].matrix.double() for done in rounds]
     units = [k / k.norm(dim=1, keepdim=True) for k in keys]
     own: list[Tensor] = []
     for t, done in enumerate(rounds):

@@ -17,8 +17,8 @@ from nse_tools.steps.neurons import select_neurons
 from nse_tools.steps.records import TAKEN
 
 if TYPE_CHECKING:
+    from nse_tools.editing.edit_round import EditRound
     from nse_tools.editing.session import EditSession
-    from nse_tools.steps.records import EditRound
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def check_edited(session: EditSession, layer: int) -> None:
 
 def round_update(done: EditRound, layer: int) -> Tensor:
     """Return ΔW of a round at a layer, all its passes together, (d_model, d_ff) float64."""
-    total = torch.zeros(done.values.z.shape[1], done.final_keys[layer].values.shape[1], dtype=torch.float64)
+    total = torch.zeros(done.values.z.shape[1], done.final_keys[layer].matrix.shape[1], dtype=torch.float64)
     for update in done.updates:
         if update.layer == layer:
             total[:, update.indices] += update.delta()
@@ -226,7 +226,7 @@ def neuron_map(source: EditSession | EditRound, layer: int, by: By = "round", ne
     edited = rounds[0].method.edited_layers
     if layer not in edited:
         raise SettingError(f"layer={layer!r}: edited were the layers {', '.join(map(str, edited))}.")
-    p = rounds[0].method.neuron_threshold if by == "round" or neuron_threshold is None else neuron_threshold
+    p = rounds[0].method.neurons.neuron_threshold if by == "round" or neuron_threshold is None else neuron_threshold
     if by == "round":
         sets = [(f"round {r.number}", f"{len(r.facts)} facts", _of_round(r, layer)) for r in rounds]
     elif by == "fact":
@@ -238,7 +238,7 @@ def neuron_map(source: EditSession | EditRound, layer: int, by: By = "round", ne
 
 
 def _of_round(done: EditRound, layer: int) -> Tensor:
-    mask = torch.zeros(done.final_keys[layer].values.shape[1], dtype=torch.bool)
+    mask = torch.zeros(done.final_keys[layer].matrix.shape[1], dtype=torch.bool)
     for a_pass in done.passes:
         if layer in a_pass.layers:
             mask[a_pass.layers[layer].selection.indices] = True
@@ -380,7 +380,7 @@ def promoted_tokens(model: EditableModel, before: Tensor, after: Tensor, k: int 
 
 
 def _activations(done: EditRound, layer: int, neuron: int) -> pd.DataFrame:
-    keys = done.final_keys[layer].values[:, neuron]
+    keys = done.final_keys[layer].matrix[:, neuron]
     selected = [False] * len(done.facts)
     for a_pass in done.passes:
         if layer in a_pass.layers and bool((a_pass.layers[layer].selection.indices == neuron).any()):

@@ -11,7 +11,7 @@ from nse_tools.planning import memory
 from nse_tools.planning.memory import Part, all_parts, needed
 from nse_tools.planning.shape import Shape
 from nse_tools.planning.workload import Workload
-from nse_tools.steps.solvers import LOW_RANK
+from nse_tools.steps.preserved import LOW_RANK
 
 
 @dataclass(frozen=True, slots=True)

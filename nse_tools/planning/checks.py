@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from nse_tools.data.fact import Fact
 from nse_tools.editing.calibration import propose_layers
 from nse_tools.editing.session import EditSession
+from nse_tools.methods import LocateThenEdit, nse
 from nse_tools.models.architecture import ARCHITECTURES, stores_transposed
 from nse_tools.models.editable_model import EditableModel, hidden_of
 from nse_tools.models.weights import changed_layers, copy_of, digest_of
-from nse_tools.steps.config import Method
 from nse_tools.steps.keys import collect_keys, hidden_states
 from nse_tools.steps.values import compute_values
 from nse_tools.tracing._engine.packed_attention import packs_rows
@@ -258,8 +258,9 @@ def trial_edit(model: EditableModel) -> Finding:
     return "ok", seen, "Settings for this model: nse.calibrate(model, facts)."
 
 
-def _trial_method(model: EditableModel, **settings: int) -> Method:
-    return Method("check", trial_layers(model), mom2_update_weight=1e-3, v_lr=_rate(model), **{"v_num_grad_steps": 12, **settings})  # type: ignore[arg-type]
+def _trial_method(model: EditableModel, **settings: int) -> LocateThenEdit:
+    layers = trial_layers(model)
+    return nse(None, name="check", layers=layers, mom2_update_weight=1e-3, v_lr=_rate(model), **{"v_num_grad_steps": 12, **settings})
 
 
 def _rate(model: EditableModel) -> float:
@@ -272,7 +273,7 @@ def _plain_moments(model: EditableModel) -> SecondMoments:
     """Return made-up key statistics of the right size: a multiple of the identity, ‖k‖² of the trial's key."""
     found = {}
     for layer in trial_layers(model):
-        size = float(collect_keys(model, [TRIAL], BARE, layer).values.norm() ** 2)
+        size = float(collect_keys(model, [TRIAL], BARE, layer).matrix.norm() ** 2)
         found[layer] = torch.eye(model.d_ff) * max(size, 1e-12)
     return SecondMoments(found, 0, "made up for a trial")
 

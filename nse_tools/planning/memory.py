@@ -13,7 +13,7 @@ from typing import Literal
 from nse_tools.planning.shape import Shape
 from nse_tools.planning.workload import Workload
 from nse_tools.steps._value_optimizer import MEMORY_BUDGET
-from nse_tools.steps.solvers import LOW_RANK
+from nse_tools.steps.preserved import LOW_RANK
 from nse_tools.tracing._engine.batching import MAX_TOKENS
 from nse_tools.tracing._engine.prefix_cache import LONGEST_LINE
 

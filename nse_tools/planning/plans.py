@@ -16,13 +16,13 @@ from nse_tools._repr import table_html
 from nse_tools.data.fact import Fact
 from nse_tools.editing.calibration import propose_layers
 from nse_tools.errors import ModelError, SettingError
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.planning import operations
 from nse_tools.planning.advice import Advice, Limits, advise
 from nse_tools.planning.memory import STEPS, Part, all_parts, needed
 from nse_tools.planning.shape import Shape, config_of
 from nse_tools.planning.workload import Tokens, Workload, count_tokens, typical_tokens
-from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import Contexts
 
 GB = 1e9
@@ -169,7 +169,7 @@ def plan(
     _check(shape, method, n_facts, rounds, device_memory, host_memory)
     precision = dtype or _dtype_of(model, config)
     work = _work(model, method, facts, contexts)
-    held = {"share_factor": method.neuron_threshold == 1, "history": method.use_history}
+    held = {"share_factor": method.setting("neuron_threshold") == 1, "history": method.setting("use_previous_keys")}
     limits = Limits(*(None if given is None else given * GB for given in (device_memory, host_memory)))
     parts = all_parts(shape, work, rounds, precision.itemsize, **held)
     return Plan(
@@ -226,7 +226,7 @@ def _check(shape: Shape, method: Method, facts: int, rounds: int, *memory: float
     for name, given in zip(("device_memory", "host_memory"), memory, strict=True):
         if given is not None and not (isinstance(given, int | float) and given > 0):
             raise SettingError(f"{name}={given!r}: expected a number of GB above 0.")
-    if method.solver != "least_squares":
-        raise SettingError(f"solver={method.solver!r}: plans are made for 'least_squares' (NSE, MEMIT and their kin) only.")
+    if method.settings().get("solver") != "least_squares":
+        raise SettingError(f"solver={method.settings().get('solver')!r}: expected least_squares.")
     if method.last_layer >= shape.n_layers:
         raise ModelError(f"The method edits layer {method.last_layer}; the model has layers 0 to {shape.n_layers - 1}.")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nse_tools.data.fact import Fact
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps._value_optimizer import SearchRow, search_rows
-from nse_tools.steps.config import Method
 from nse_tools.tracing._engine.prefix_cache import common_heads, lay_out
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.prompts import continued, lead_of, locate_fact
@@ -169,8 +169,8 @@ def count_tokens(model: EditableModel, method: Method, facts: Sequence[Fact], co
     more = [(len(target) - 1, len(prompt)) for prompt, targets in scored.items() for target in targets if len(target) > 1]
     return Workload(
         facts=len(facts),
-        steps=method.v_num_grad_steps,
-        passes=method.passes,
+        steps=method.setting("v_num_grad_steps"),
+        passes=method.setting("passes"),
         edited=method.edited_layers,
         rows=load_of_rows(search_rows(model, facts, contexts)),
         contexts=laid(contexts.prefixes[1:]) + bare,
@@ -201,8 +201,8 @@ def typical_tokens(method: Method, facts: int, contexts: int = 6) -> Workload:
     behind = Tokens.of([before + 1], [ahead]) * (facts * prefixed) + Tokens.of([ahead]) * prefixed
     return Workload(
         facts=facts,
-        steps=method.v_num_grad_steps,
-        passes=method.passes,
+        steps=method.setting("v_num_grad_steps"),
+        passes=method.setting("passes"),
         edited=method.edited_layers,
         rows=replace(rows, longest=longest),
         contexts=behind + bare,

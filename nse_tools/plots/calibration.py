@@ -26,7 +26,8 @@ def calibration(found: Calibration, title: str | None = None) -> go.Figure:
     """
     method = found.method
     layers = ", ".join(map(str, method.layers))
-    said = f"{found.model}: layers {layers}, λ {method.mom2_update_weight:g}, v_lr {method.v_lr:g} from {len(found.fact_ids)} facts"
+    weight = method.setting("mom2_update_weight")
+    said = f"{found.model}: layers {layers}, λ {weight:g}, v_lr {found.method.values.v_lr:g} from {len(found.fact_ids)} facts"
     names = ("Where a fact is looked up", "How much one pass closes", "How fast a value is found")
     fig = panels(title or said, names, width=1250, gap=0.09)
     _add_trace(fig, found)
@@ -63,7 +64,7 @@ def _add_weights(fig: go.Figure, found: Calibration) -> None:
     for column in table.columns[2:]:
         _add_line(fig, _WEIGHT, table.weight.tolist(), table[column].tolist(), EACH, column, 1)
     _add_line(fig, _WEIGHT, table.weight.tolist(), table.closed.tolist(), MEAN, "one pass", 3)
-    fig.add_vline(x=found.method.mom2_update_weight, line={"color": GUIDE, "dash": "dot"}, row=1, col=_WEIGHT)
+    fig.add_vline(x=found.method.setting("mom2_update_weight"), line={"color": GUIDE, "dash": "dot"}, row=1, col=_WEIGHT)
     fig.update_xaxes(type="log", title_text="λ (dotted: chosen)", row=1, col=_WEIGHT)
     fig.update_yaxes(title_text="share of the residuals closed", range=[0, 1.02], row=1, col=_WEIGHT)
 
@@ -71,7 +72,7 @@ def _add_weights(fig: go.Figure, found: Calibration) -> None:
 def _add_rates(fig: go.Figure, found: Calibration) -> None:
     means = found.rates.groupby(["v_lr", "step"], as_index=False).probability.mean()
     for number, (rate, line) in enumerate(means.groupby("v_lr")):
-        chosen = rate == found.method.v_lr
+        chosen = rate == found.method.values.v_lr
         color = MEAN if chosen else (COLORS[0], *COLORS[2:])[number % 6]
         _add_line(fig, _RATE, line.step.tolist(), line.probability.tolist(), color, f"v_lr {rate:g}", 3 if chosen else 1.5)
     fig.update_xaxes(title_text="step of the value search", row=1, col=_RATE)

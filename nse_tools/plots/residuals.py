@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from nse_tools.methods import LocateThenEdit
 from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, SEQUENTIAL, UNDER, fact_texts, figure, plain, short
 
 if TYPE_CHECKING:
+    from nse_tools.editing.edit_round import EditRound
     from nse_tools.editing.session import EditSession
-    from nse_tools.steps.records import EditRound
 
 _TAKEN, _END = "taken", "end"
 _MARKS = {"below alpha": "·", "at or above upper bound": "✕", "not in this pass": "–"}
@@ -215,14 +216,14 @@ def _decades(scale: np.ndarray) -> dict[str, object]:
 def _add_bounds(fig: go.Figure, source: object, table: pd.DataFrame) -> None:
     """Draw α and the upper bound, where they are known, the same for all rounds, and not far above everything drawn."""
     method = getattr(source, "method", None)
-    if method is None or method.solver == "gradient":
+    if not isinstance(method, LocateThenEdit):
         return
     unit = 1.0
-    if method.band_unit == "relative":
+    if method.schedule.band_unit == "relative":
         if table["round"].nunique() > 1:  # each round has its own unit
             return
         unit = float(table[table.step == 0].residual.mean())
-    for value, name in ((method.alpha * unit, "α"), (method.upper_bound * unit, "upper bound")):
+    for value, name in ((method.schedule.alpha * unit, "α"), (method.schedule.upper_bound * unit, "upper bound")):
         if 0 < value < 3 * table.residual.max():
             fig.add_hline(y=value, line={"color": GUIDE, "dash": "dash", "width": 1.2}, annotation_text=f"{name} {value:.3g}")
 

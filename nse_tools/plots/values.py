@@ -9,12 +9,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from nse_tools.errors import SettingError, nearest
+from nse_tools.methods import LocateThenEdit, Method, RankOne
 from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, fact_texts, figure, plain
 from nse_tools.steps.values import TargetValues
 
 if TYPE_CHECKING:
-    from nse_tools.steps.config import Method
-    from nse_tools.steps.records import EditRound
+    from nse_tools.editing.edit_round import EditRound
+    from nse_tools.methods.base import Method
 
 _LABELS = {
     "loss": "loss",
@@ -142,10 +143,10 @@ def value_table(values: TargetValues | EditRound, method: Method | None = None) 
     found, own = (values, None) if isinstance(values, TargetValues) else (values.values, values.method)
     method = method or own
     table = found.trace.copy()
-    if method is None:
+    if not isinstance(method, LocateThenEdit | RankOne):
         return table
-    limits = dict(zip(found.fact_ids, (method.clamp_norm_factor * found.h0.norm(dim=1)).tolist(), strict=True))
-    return table.assign(kl_part=method.kl_factor * table.kl, of_clamp=table.norm / table.fact.map(limits))
+    limits = dict(zip(found.fact_ids, (method.values.clamp_norm_factor * found.h0.norm(dim=1)).tolist(), strict=True))
+    return table.assign(kl_part=method.values.kl_factor * table.kl, of_clamp=table.norm / table.fact.map(limits))
 
 
 def _chosen(table: pd.DataFrame, fact: str | None, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Target values that were found before, one file a fact, under a name made from everything that a value depends on."""
+"""Target values that were found before, one file per fact, under a name made from everything that a value depends on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,12 @@ from nse_tools.models.embedded import cache_folder
 from nse_tools.models.files import remove_scratch, save_atomically
 from nse_tools.models.weights import bytes_of, changed_layers, checksum_of, digest_of
 from nse_tools.steps._value_optimizer import SearchRow
-from nse_tools.steps.config import Method
+from nse_tools.steps.config import OptimisesValues
 from nse_tools.tracing.contexts import Contexts
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
+"""Raised by hand whenever the same inputs would give other values."""
 _ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
 _STOPS, _WAYS = ("loss", "argmax", "steps"), ("suffix", "whole")
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)
@@ -47,7 +47,7 @@ class FoundValue:
     delta, h0 : Tensor
         (d_model,) float32 on CPU, in units of the model's hidden states.
     trace : DataFrame
-        One row a step, as in :class:`TargetValues`, without the fact's id.
+        One row a step, as in :class:`nse_tools.TargetValues`, without the fact's id.
     stop, replay_mode : str
         Why the search ended, and what was replayed.
     prepended : bool
@@ -68,7 +68,7 @@ class ValueCache:
     A value that was found once is read instead of searched for when the same fact is edited again into the same weights
     with the same contexts and settings. The folder may be deleted at any time: values are then searched for anew.
 
-    Every file carries the full description of what its value belongs to (weights, tokens, settings, versions, code) and a
+    Every file carries the full description of what its value belongs to (weights, tokens, settings, versions) and a
     checksum, and both are compared on reading; a file that is damaged, or of something else, is passed over with a warning.
 
     Parameters
@@ -207,14 +207,14 @@ class ValueCache:
         self._warned = True
 
 
-def identify_common(model: EditableModel, contexts: Contexts, method: Method, whole: bool) -> dict[str, Any] | None:
+def identify_common(model: EditableModel, contexts: Contexts, method: OptimisesValues) -> dict[str, Any] | None:
     """Describe everything that the values of all facts depend on.
 
     Parameters
     ----------
     model : EditableModel
         The model, under the weights the search is made with.
-    contexts, method, whole
+    contexts, method
         What is searched for: see :func:`nse_tools.editing.compute_values`.
 
     Returns
@@ -226,13 +226,12 @@ def identify_common(model: EditableModel, contexts: Contexts, method: Method, wh
         return {
             "format": _FORMAT,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "code": _code(),
             "model": model.fingerprint(),
             "edited": _edited(model),
             "now": checksum_of(model),
             "prefixes": contexts.prefixes,
-            "settings": {name: float(value) for name, value in method.value_settings().items()},
-            "whole": whole,
+            "settings": {k: v if isinstance(v, str) else float(v) for k, v in method.values.optimised_by().items()},
+            "layer": method.last_layer,
         }
     except (RuntimeError, TypeError, ValueError) as wrong:
         _log.warning("the values of %s are not cached: its weights cannot be read (%s)", model.name, wrong)
@@ -252,7 +251,7 @@ def identify(common: Mapping[str, Any], facts: Sequence[Fact], rows: Sequence[Se
     Returns
     -------
     list of str
-        One JSON text a fact.
+        One JSON text per fact.
     """
     tokens = defaultdict(list)
     for row in rows:  # what the tokenizer made of the texts: another tokenizer, other values
@@ -266,17 +265,6 @@ def identify(common: Mapping[str, Any], facts: Sequence[Fact], rows: Sequence[Se
 def _edited(model: EditableModel) -> str:
     layers = changed_layers(model)
     return f"{layers} {digest_of(model, layers)}" if layers else "original"
-
-
-@cache
-def _code() -> str:
-    """Return a hash of the package's version and of the sources of the rooms a value comes from; other code, other values."""
-    home = Path(__file__).parents[1]
-    digest = hashlib.blake2b(digest_size=16)
-    rooms = sorted(file for room in ("models", "tracing", "editing") for file in (home / room).rglob("*.py"))
-    for file in (home / "__init__.py", *rooms):  # the first holds the version
-        digest.update(f"{file.relative_to(home).as_posix()} ".encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _load(file: Path, identity: str, d_model: int) -> FoundValue:

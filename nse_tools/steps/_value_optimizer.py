@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from nse_tools.data.fact import Fact
 from nse_tools.errors import EditError
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
+from nse_tools.steps.config import ValueConfig
 from nse_tools.tracing._engine.batching import spans
 from nse_tools.tracing._engine.packed_attention import packs_rows
 from nse_tools.tracing._engine.suffix import SuffixBatch
@@ -163,19 +163,19 @@ class ValueOptimizer:
         For the trace and for messages.
     rows : sequence of SearchRow
         Rows of all facts, each fact's bare prompt first.
-    method : Method
+    config : ValueConfig
         The settings.
-    whole : bool
-        Replay whole prompts instead of suffixes.
+    layer : int
+        L.
     bar : tqdm
         Moved on by one for each fact and step.
     """
 
     def __init__(
-        self, model: EditableModel, fact_ids: Sequence[str], rows: Sequence[SearchRow], method: Method, *, whole: bool, bar: tqdm
+        self, model: EditableModel, fact_ids: Sequence[str], rows: Sequence[SearchRow], config: ValueConfig, layer: int, *, bar: tqdm
     ) -> None:
-        self.model, self.fact_ids, self.method, self.bar = model, list(fact_ids), method, bar
-        self.whole, self.batches = self._record(rows, whole)
+        self.model, self.fact_ids, self.config, self.layer, self.bar = model, list(fact_ids), config, layer, bar
+        self.whole, self.batches = self._record(rows)
         self.h0 = torch.zeros(len(self.fact_ids), model.d_model, device=self.batches[0].suffix.hidden.device)
         bare = {row.fact: row for row in reversed(rows)}  # a fact's first row
         for batch in self.batches:
@@ -183,7 +183,7 @@ class ValueOptimizer:
             for i, row in enumerate(batch.rows):
                 if bare[row.fact] is row:
                     self.h0[row.fact] = clean[i]
-        self.limit = method.clamp_norm_factor * self.h0.norm(dim=1, keepdim=True)
+        self.limit = config.clamp_norm_factor * self.h0.norm(dim=1, keepdim=True)
         self.steps: list[pd.DataFrame] = []
         self.stop = [""] * len(self.fact_ids)
         self.reached = [0] * len(self.fact_ids)  # evaluations in a row with every target token the argmax in every context
@@ -191,20 +191,20 @@ class ValueOptimizer:
     def run(self) -> Found:
         """Search until every fact has stopped."""
         delta = torch.zeros_like(self.h0, requires_grad=True)
-        adam = torch.optim.Adam([delta], lr=self.method.v_lr)
+        adam = torch.optim.Adam([delta], lr=self.config.v_lr)
         found = torch.zeros_like(self.h0)
         alive = set(range(len(self.fact_ids)))
-        for step in range(self.method.v_num_grad_steps):
-            last = step == self.method.v_num_grad_steps - 1
+        for step in range(self.config.v_num_grad_steps):
+            last = step == self.config.v_num_grad_steps - 1
             adam.zero_grad()
             loss = self._evaluate(delta, step, alive, backward=not last)
             # written so that a NaN would stay, and be reported
-            done = {i for i in alive if last or loss[i] < self.method.v_loss_threshold or self._said(i)}
+            done = {i for i in alive if last or loss[i] < self.config.v_loss_threshold or self._at_argmax(i)}
             for i in done:
                 found[i] = delta.detach()[i]
-                self.stop[i] = "loss" if loss[i] < self.method.v_loss_threshold else "argmax" if self._said(i) else "steps"
+                self.stop[i] = "loss" if loss[i] < self.config.v_loss_threshold else "argmax" if self._at_argmax(i) else "steps"
             # a fact that is done has no steps left
-            self.bar.update(len(alive) + len(done) * (self.method.v_num_grad_steps - 1 - step))
+            self.bar.update(len(alive) + len(done) * (self.config.v_num_grad_steps - 1 - step))
             alive -= done
             if not alive:
                 break
@@ -213,23 +213,23 @@ class ValueOptimizer:
             self.batches = [kept for b in self.batches if (kept := b.without(done)) is not None]
         return Found(found.cpu(), self.h0.cpu(), pd.concat(self.steps, ignore_index=True), tuple(self.stop), self.whole)
 
-    def _said(self, fact: int) -> bool:
-        return 0 < self.method.v_stop_at_argmax <= self.reached[fact]
+    def _at_argmax(self, fact: int) -> bool:
+        return 0 < self.config.v_stop_at_argmax <= self.reached[fact]
 
     def _evaluate(self, delta: Tensor, step: int, alive: set[int], backward: bool) -> list[float]:
         """Return every fact's loss; leave its gradient in ``delta.grad``."""
-        method = self.method
+        config = self.config
         nll, kl, probability, missed = (torch.zeros(len(delta), device=delta.device) for _ in range(4))
         for batch in self.batches:
-            terms = batch.terms(delta, method.kl_factor, backward, count_missed=method.v_stop_at_argmax > 0)
+            terms = batch.terms(delta, config.kl_factor, backward, count_missed=config.v_stop_at_argmax > 0)
             for total, term in zip((nll, kl, probability, missed), terms, strict=True):
                 total += term.to(total.device)
         self.reached = [0 if n else before + 1 for n, before in zip(missed.tolist(), self.reached, strict=True)]
         with torch.set_grad_enabled(backward):
-            decay = method.v_weight_decay * _norm(delta) / self.h0.norm(dim=1) ** 2
+            decay = config.v_weight_decay * _norm(delta) / self.h0.norm(dim=1) ** 2
             if backward:
                 decay.sum().backward()
-        loss = nll + method.kl_factor * kl + decay.detach()
+        loss = nll + config.kl_factor * kl + decay.detach()
         self._note(step, alive, nll=nll, kl=kl, decay=decay, loss=loss, probability=probability, norm=delta.norm(dim=1))
         return list(loss.tolist())
 
@@ -250,19 +250,18 @@ class ValueOptimizer:
         norm = delta.norm(dim=1, keepdim=True)
         delta.mul_(torch.where(norm > self.limit, self.limit / norm, 1.0))
 
-    def _record(self, rows: Sequence[SearchRow], whole: bool) -> tuple[bool, list[_Batch]]:
-        """Record the batches in the fastest way that gives the model's own states; say whether it replays whole prompts."""
-        layer = self.method.last_layer
-        budget = tokens_within(MEMORY_BUDGET, self.model, layer)
-        for way in _ways(self.model, whole):
-            groups = _packed_groups(rows, budget) if way["packed"] else _padded_groups(rows, budget)
+    def _record(self, rows: Sequence[SearchRow]) -> tuple[bool, list[_Batch]]:
+        """Record the batches in the fastest mode that gives the model's own states; say whether it replays whole prompts."""
+        budget = tokens_within(MEMORY_BUDGET, self.model, self.layer)
+        for mode in _replay_modes(self.model, self.config.v_replay == "whole"):
+            groups = _packed_groups(rows, budget) if mode["packed"] else _padded_groups(rows, budget)
             made = [
-                _Batch(self.model, chosen, SuffixBatch.record(self.model, [r.prompt for r in chosen], layer, **way)) for chosen in groups
+                _Batch(self.model, group, SuffixBatch.record(self.model, [r.prompt for r in group], self.layer, **mode)) for group in groups
             ]
             if all(b.suffix.is_faithful([r.prompt for r in b.rows]) for b in made):
-                return way["whole"], made
-            _log.warning("%s does not give its own states when replayed with %s", self.model.name, way)
-        raise EditError(f"{self.model.name}: replaying the layers above {layer} does not give the model's own states.")
+                return mode["whole"], made
+            _log.warning("%s does not give its own states when replayed with %s", self.model.name, mode)
+        raise EditError(f"{self.model.name}: replaying the layers above {self.layer} does not give the model's own states.")
 
 
 def tokens_within(budget: int, model: EditableModel, layer: int) -> int:
@@ -274,8 +273,8 @@ def tokens_within(budget: int, model: EditableModel, layer: int) -> int:
     return max(64, budget // max(1, a_token))
 
 
-def _ways(model: EditableModel, whole: bool) -> list[dict[str, bool]]:
-    """List the ways to replay prompts, fastest first."""
+def _replay_modes(model: EditableModel, whole: bool) -> list[dict[str, bool]]:
+    """List the modes of replaying prompts, fastest first."""
     plain, padded, packed = ({"whole": w, "packed": p} for w, p in ((True, False), (False, False), (False, True)))
     return [plain] if whole else [packed, padded, plain] if packs_rows(model) else [padded, plain]
 

@@ -29,26 +29,26 @@ class Keys:
         The layer.
     fact_ids : tuple of str
         The facts, in the order of the rows.
-    values : Tensor
-        (n_facts, d_ff), in the model's dtype as float32.
+    matrix : Tensor
+        K, (n_facts, d_ff), in the model's dtype as float32.
     """
 
     layer: int
     fact_ids: tuple[str, ...]
-    values: Tensor = field(repr=False)
+    matrix: Tensor = field(repr=False)
 
     def take(self, rows: Sequence[int]) -> Keys:
         """Return the keys of some of the facts, by row number."""
-        return Keys(self.layer, tuple(self.fact_ids[r] for r in rows), self.values[list(rows)])
+        return Keys(self.layer, tuple(self.fact_ids[r] for r in rows), self.matrix[list(rows)])
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a fact: norm, largest coordinate and where it is."""
-        top = self.values.abs().max(dim=1)
+        """Return one row per fact: norm, largest coordinate and where it is."""
+        top = self.matrix.abs().max(dim=1)
         return pd.DataFrame(
             {
                 "fact": self.fact_ids,
                 "layer": self.layer,
-                "norm": self.values.norm(dim=1).tolist(),
+                "norm": self.matrix.norm(dim=1).tolist(),
                 "largest": top.values.tolist(),
                 "neuron": top.indices.tolist(),
             }
@@ -58,7 +58,7 @@ class Keys:
         return len(self.fact_ids)
 
     def __repr__(self) -> str:
-        return f"Keys({len(self)} facts at layer {self.layer}, mean ‖k‖ {float(self.values.norm(dim=1).mean()):.2f})"
+        return f"Keys({len(self)} facts at layer {self.layer}, mean ‖k‖ {float(self.matrix.norm(dim=1).mean()):.2f})"
 
     def _repr_html_(self) -> str:
         return table_html(self.to_frame())
@@ -68,7 +68,7 @@ class Keys:
 class SubjectStates:
     """States of a batch of facts entering a layer, bare and in context: the source of keys and of h^L.
 
-    Make it with :meth:`record`; what it returns is under the weights of the moment.
+    Make it with :meth:`record`; what it returns is under the current weights.
     """
 
     fact_ids: tuple[str, ...]
@@ -121,7 +121,7 @@ class SubjectStates:
 
 
 def collect_keys(model: EditableModel, facts: Sequence[Fact], contexts: Contexts, layer: int, *, remote: bool | str = False) -> Keys:
-    """Return the keys of facts at one layer, under the weights of the moment.
+    """Return the keys of facts at one layer, under the current weights.
 
     k_j = ½ k(prompt) + ½ mean over prefixes of k(prefix ⊕ prompt), where k is the input of the layer's MLP down projection
     at the subject's last token (MEMIT, arXiv 2210.07229; the groups are averaged first).
@@ -147,15 +147,15 @@ def collect_keys(model: EditableModel, facts: Sequence[Fact], contexts: Contexts
     Raises
     ------
     StateError
-        If the model is edited and the keys shall come from a server.
+        If the model is edited and the keys are read on a server.
     """
     if remote:
-        return _keys_from_afar(model, facts, contexts, layer, remote)
+        return _remote_keys(model, facts, contexts, layer, remote)
     return SubjectStates.record(model, facts, contexts, layer, layer).keys([layer])[layer]
 
 
 def hidden_states(model: EditableModel, facts: Sequence[Fact], layer: int, *, remote: bool | str = False) -> Tensor:
-    """Return h^l of facts' bare prompts at the subject's last token, (n_facts, d_model), under the weights of the moment.
+    """Return h^l of facts' bare prompts at the subject's last token, (n_facts, d_model), under the current weights.
 
     With ``remote`` they are read where nnsight is told to (:func:`collect_keys`).
     """
@@ -165,7 +165,7 @@ def hidden_states(model: EditableModel, facts: Sequence[Fact], layer: int, *, re
     return LastTokenStates.record(model, rows, layer, layer).hidden(layer).float().cpu()
 
 
-def _keys_from_afar(model: EditableModel, facts: Sequence[Fact], contexts: Contexts, layer: int, remote: bool | str) -> Keys:
+def _remote_keys(model: EditableModel, facts: Sequence[Fact], contexts: Contexts, layer: int, remote: bool | str) -> Keys:
     """Read the keys of :func:`collect_keys` by traces of the whole model."""
 
     def keys(prefixes: Sequence[str]) -> Tensor:

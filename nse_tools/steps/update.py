@@ -1,4 +1,4 @@
-"""What a round is checked for, before, during and after each step; every refusal names the fact, the layer and the step."""
+"""The change of one layer's weight, kept as factors, and how it is checked and written into the model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from nse_tools._repr import table_html
 from nse_tools.errors import EditError
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import round_by_chance, round_to_nearest, wider
-from nse_tools.steps.config import Method, Rounding
+from nse_tools.steps.config import Rounding
 from nse_tools.steps.keys import Keys
 
 
-# ---- during a round --------------------------------------------------------------------------------------------------
 def check_residuals(residuals: Tensor, fact_ids: Sequence[str], layer: int, step: str) -> None:
     """Refuse states h or residuals z − h, (n_facts, d_model), that are not finite.
 
@@ -35,8 +34,8 @@ def check_residuals(residuals: Tensor, fact_ids: Sequence[str], layer: int, step
         )
 
 
-def check_update(update: LayerUpdate, weight: Tensor, method: Method, step: str) -> None:
-    """Refuse an update that is not finite, or absurdly large beside the weight it is added to.
+def check_update(update: LayerUpdate, weight: Tensor, max_update_norm: float, step: str) -> None:
+    """Refuse an update that is not finite, or absurdly large relative to the weight it is added to.
 
     Raises
     ------
@@ -49,11 +48,11 @@ def check_update(update: LayerUpdate, weight: Tensor, method: Method, step: str)
             whose = f"Fact {update.fact_ids[bad]!r}, layer" if one_each else "Layer"
             raise EditError(f"{whose} {update.layer}, {step}: the update is not finite (its {name} factor).")
     norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-    if not update.norm <= method.max_update_norm * norm:
+    if not update.norm <= max_update_norm * norm:
         raise EditError(
-            f"Layer {update.layer}, {step}: ‖ΔW‖ is {update.norm:.3g}, {_ratio(update.norm, norm)} times ‖W‖ = {norm:.3g} and above "
-            f"max_update_norm={method.max_update_norm:g}. Such an update leaves nothing of the layer: take a larger mom2_update_weight or "
-            "key statistics of more tokens, or raise max_update_norm."
+            f"Layer {update.layer}, {step}: ‖ΔW‖ is {update.norm:.3g}, {_ratio(update.norm, norm)} times ‖W‖ = {norm:.3g}, "
+            f"expected at most max_update_norm={max_update_norm:g}. Such an update leaves nothing of the layer: "
+            "take a larger mom2_update_weight or key statistics of more tokens, or raise max_update_norm."
         )
 
 
@@ -62,7 +61,7 @@ def _ratio(norm: float, weight: float) -> str:
 
 
 def first_bad(rows: Tensor) -> int | None:
-    """Return the number of the first row that is not finite."""
+    """Return the index of the first row that is not finite."""
     bad = ~torch.isfinite(rows.reshape(len(rows), -1)).all(dim=1)
     return int(bad.nonzero()[0]) if bool(bad.any()) else None
 
@@ -76,10 +75,10 @@ class RoundingLoss:
     lost : float
         ‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖; W is the master copy where there is one.
     realised_fraction : tuple of float
-        How much of the asked change of the layer's output arrives, for each fact: with D what the weight really changed by,
+        Share of the intended change of the layer's output that is realised, for each fact: with D the actual change of the weight,
         ⟨D k, ΔW k⟩ / ‖ΔW k‖²; 1 is all of it. Empty where the keys were not at hand.
     off_target : float
-        ‖(D − ΔW) K‖ / ‖ΔW K‖: the change of outputs that was not asked for, or is missing.
+        ‖(D − ΔW) K‖ / ‖ΔW K‖: the change of outputs that was not intended, or is missing.
     """
 
     lost: float
@@ -88,7 +87,7 @@ class RoundingLoss:
 
     @property
     def mean_realised_fraction(self) -> float:
-        """Mean of ``arrived`` over the facts whose output was to change; NaN where there is none."""
+        """Mean of ``realised_fraction`` over the facts whose output was to change; NaN where there is none."""
         known = [share for share in self.realised_fraction if not math.isnan(share)]
         return sum(known) / len(known) if known else math.nan
 
@@ -155,7 +154,7 @@ class LayerUpdate:
         """
         new = replace(self, right=self.right if right is None else right.float(), kept=self.kept if kept is None else kept)
         delta = new.delta()
-        left_over = self.left.double() - delta @ keys.values.double()[:, self.indices].T
+        left_over = self.left.double() - delta @ keys.matrix.double()[:, self.indices].T
         return replace(new, norm=float(delta.norm()), residual_after=tuple(left_over.norm(dim=0).tolist()))
 
     @torch.no_grad()
@@ -206,7 +205,7 @@ class LayerUpdate:
         return f", most of it from fact {self.fact_ids[int(parts.argmax())]!r}"
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a fact: its share of the residual before, what the solve leaves of it, and what of its change arrived."""
+        """Return one row per fact: its share of the residual before, what the solve leaves of it, and what of its change arrived."""
         table = pd.DataFrame(
             {"fact": self.fact_ids, "layer": self.layer, "residual_before": self.residual_before, "residual_after": self.residual_after}
         )
@@ -239,7 +238,7 @@ class Writer:
         The session's seed and the round's number, from which the draws of stochastic rounding follow.
     masters : mapping of int to Tensor, optional
         Layer → the master copy of its weight, (d_model, d_ff) on CPU, where the rounding is ``"master"``; copied, not changed.
-        By default the weights of the moment.
+        By default the current weights.
     """
 
     def __init__(
@@ -322,7 +321,7 @@ def _loss(missing: Tensor, change: Tensor, asked: Tensor, keys: Keys | None, ind
     lost = float(missing.norm()) / norm if norm else math.nan
     if keys is None:
         return RoundingLoss(lost, (), math.nan)
-    k = keys.values.double()[:, indices].T.to(asked.device)
+    k = keys.matrix.double()[:, indices].T.to(asked.device)
     wanted, found = asked @ k, change @ k
     square, total = (wanted**2).sum(dim=0), float(wanted.norm())
     arrived = torch.where(square > 0, (found * wanted).sum(dim=0) / square, math.nan)

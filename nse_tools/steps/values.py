@@ -22,11 +22,9 @@ from nse_tools.models.weights import checksum_of
 from nse_tools.parallel.executor import Executor, in_batches, n_batches
 from nse_tools.steps._value_cache import FoundValue, ValueCache, identify, identify_common
 from nse_tools.steps._value_optimizer import SearchRow, ValueOptimizer, search_rows
-from nse_tools.steps.config import Method
-from nse_tools.steps.keys import SubjectStates, hidden_states
+from nse_tools.steps.config import OptimisesValues
+from nse_tools.steps.keys import SubjectStates
 from nse_tools.tracing.contexts import Contexts
-from nse_tools.tracing.hidden_states import LastTokenStates
-from nse_tools.tracing.prompts import locate_fact
 
 
 @dataclass(frozen=True)
@@ -159,10 +157,9 @@ def compute_values(
     model: EditableModel,
     facts: Sequence[Fact],
     contexts: Contexts,
-    method: Method,
+    method: OptimisesValues,
     *,
     progress: bool = False,
-    whole: bool = False,
     cache: ValueCache | None = None,
     executor: Executor | None = None,
 ) -> TargetValues:
@@ -175,23 +172,21 @@ def compute_values(
         + v_weight_decay · ‖δ‖ / ‖h₀‖²
 
     with δ added to the output of layer L at the subject's last token and kept in the ball ‖δ‖ ≤ clamp_norm_factor·‖h₀‖
-    (ROME, arXiv 2202.05262; MEMIT, arXiv 2210.07229). Facts do not influence each other. With ``method.norm_anchor`` what was
+    (ROME, arXiv 2202.05262; MEMIT, arXiv 2210.07229). Facts do not influence each other. With ``method.values.norm_anchor`` what was
     found is rescaled (:func:`anchor_norms`).
 
     Parameters
     ----------
     model : EditableModel
-        The model; with ``method.values_under == "original"`` it runs under its original weights (weights rewinding).
+        The model; with ``method.values.values_under == "original"`` it runs under its original weights (weights rewinding).
     facts : sequence of Fact
         The facts.
     contexts : Contexts
         The contexts the target is sought in.
     method : Method
-        The settings ``layers`` (its last), ``v_*``, ``clamp_norm_factor``, ``kl_factor``, ``values_under``, ``norm_anchor``.
+        Its last layer and :class:`ValueConfig`.
     progress : bool
         Show a progress bar.
-    whole : bool
-        Replay whole prompts instead of suffixes (slower, for checking).
     cache : ValueCache, optional
         Values found before are taken from it, and those found now put into it; none by default. Where every fact is held,
         the model does not run.
@@ -212,11 +207,11 @@ def compute_values(
         If a loss is not finite; names the fact and the step.
     """
     if executor is not None:
-        options: dict[str, Any] = {"executor": executor, "progress": progress, "whole": whole, "cache": cache}
+        options: dict[str, Any] = {"executor": executor, "progress": progress, "cache": cache}
         return TargetValues.join(list(values_in_batches(model, facts, contexts, method, **options)))
     _check(model, facts, method)
-    values = _values(model, facts, contexts, method, whole, progress, cache)
-    return anchor_norms(model, facts, contexts, values) if method.norm_anchor else values
+    values = _values(model, facts, contexts, method, progress, cache)
+    return anchor_norms(model, facts, contexts, values) if method.values.norm_anchor else values
 
 
 def anchor_norms(model: EditableModel, facts: Sequence[Fact], contexts: Contexts, values: TargetValues) -> TargetValues:
@@ -253,11 +248,10 @@ def values_in_batches(
     model: EditableModel,
     facts: Sequence[Fact],
     contexts: Contexts,
-    method: Method,
+    method: OptimisesValues,
     *,
     executor: Executor,
     progress: bool = False,
-    whole: bool = False,
     cache: ValueCache | None = None,
 ) -> Iterator[TargetValues]:
     """Find values batch after batch, and keep none: for streams of facts whose values do not fit into memory.
@@ -267,7 +261,7 @@ def values_in_batches(
 
     Parameters
     ----------
-    model, facts, contexts, method, progress, whole, cache
+    model, facts, contexts, method, progress, cache
         As in :func:`compute_values`.
     executor : Executor
         What searches: a :class:`nse_tools.scale.RayExecutor`, or a :class:`nse_tools.scale.LocalExecutor`.
@@ -287,12 +281,12 @@ def values_in_batches(
         If the model was edited meanwhile, and its values would be kept in the cache.
     """
     _check(model, facts, method)
-    found = _by_batch(model, facts, contexts, method, whole, progress, cache, executor)
+    found = _by_batch(model, facts, contexts, method, progress, cache, executor)
     for batch, values in zip(in_batches(facts, executor.batch_facts), found, strict=True):
-        yield anchor_norms(model, batch, contexts, values) if method.norm_anchor else values
+        yield anchor_norms(model, batch, contexts, values) if method.values.norm_anchor else values
 
 
-def _check(model: EditableModel, facts: Sequence[Fact], method: Method) -> None:
+def _check(model: EditableModel, facts: Sequence[Fact], method: OptimisesValues) -> None:
     if not len(facts):
         raise FactError("compute_values: there are no facts.")
     model.check_layers([method.last_layer])
@@ -302,16 +296,15 @@ def _by_batch(
     model: EditableModel,
     facts: Sequence[Fact],
     contexts: Contexts,
-    method: Method,
-    whole: bool,
+    method: OptimisesValues,
     progress: bool,
     cache: ValueCache | None,
     executor: Executor,
 ) -> Iterator[TargetValues]:
     """Yield the values of each batch as found or held; batches held as a whole go to no worker."""
     with weights_of_values(model, method):
-        common = identify_common(model, contexts, method, whole) if cache is not None else None
-    shared = executor.share((contexts, method, whole))
+        common = identify_common(model, contexts, method) if cache is not None else None
+    shared = executor.share((contexts, method))
     parts = (_Part.look_up(model, batch, contexts, common, cache) for batch in in_batches(facts, executor.batch_facts))
     total = n_batches(facts, executor.batch_facts) if common is None else None
     for held, run in groupby(parts, key=lambda part: not part.missing):
@@ -328,9 +321,9 @@ def _by_batch(
             yield part.complete(searched, method.last_layer)
 
 
-def _check_unedited(model: EditableModel, method: Method, common: Mapping[str, Any] | None) -> None:
+def _check_unedited(model: EditableModel, method: OptimisesValues, common: Mapping[str, Any] | None) -> None:
     """Refuse to keep values of the present weights under the name of those that the call began with."""
-    if common is not None and method.values_under != "original" and checksum_of(model) != common["now"]:
+    if common is not None and method.values.values_under != "original" and checksum_of(model) != common["now"]:
         raise StateError("The model was edited while values under its present weights were sought. Take all batches first, then edit.")
 
 
@@ -340,17 +333,17 @@ def _tasks(parts: Iterable[_Part], shared: Any, sent: deque[_Part]) -> Iterator[
         yield shared, [part.facts[i] for i in part.missing]
 
 
-def _search_job(model: EditableModel, shared: tuple[Contexts, Method, bool], facts: Sequence[Fact]) -> TargetValues:
+def _search_job(model: EditableModel, shared: tuple[Contexts, OptimisesValues], facts: Sequence[Fact]) -> TargetValues:
     """Search for the values of a batch, on whatever machine."""
-    contexts, method, whole = shared
+    contexts, method = shared
     rows = search_rows(model, facts, contexts)
     with weights_of_values(model, method), model.running():
-        return _search(model, facts, rows, method, whole, progress=False)
+        return _search(model, facts, rows, method, progress=False)
 
 
-def weights_of_values(model: EditableModel, method: Method) -> AbstractContextManager[None]:
+def weights_of_values(model: EditableModel, method: OptimisesValues) -> AbstractContextManager[None]:
     """Run the model under the weights that the method seeks values under."""
-    return model.original_weights() if method.values_under == "original" else nullcontext()
+    return model.original_weights() if method.values.values_under == "original" else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -398,27 +391,26 @@ def _values(
     model: EditableModel,
     facts: Sequence[Fact],
     contexts: Contexts,
-    method: Method,
-    whole: bool,
+    method: OptimisesValues,
     progress: bool,
     cache: ValueCache | None,
 ) -> TargetValues:
     rows = search_rows(model, facts, contexts)
     with weights_of_values(model, method), model.running():
-        common = identify_common(model, contexts, method, whole) if cache is not None else None
+        common = identify_common(model, contexts, method) if cache is not None else None
         part = _Part.look_up(model, facts, contexts, common, cache)
         missing = part.missing
-        searched = _search(model, [facts[i] for i in missing], _rows_of(rows, missing), method, whole, progress) if missing else None
+        searched = _search(model, [facts[i] for i in missing], _rows_of(rows, missing), method, progress) if missing else None
     if cache is not None:
         cache.write(part.found(searched))
     return part.complete(searched, method.last_layer)
 
 
 def _search(
-    model: EditableModel, facts: Sequence[Fact], rows: Sequence[SearchRow], method: Method, whole: bool, progress: bool
+    model: EditableModel, facts: Sequence[Fact], rows: Sequence[SearchRow], method: OptimisesValues, progress: bool
 ) -> TargetValues:
-    with tqdm(total=len(facts) * method.v_num_grad_steps, desc="values", unit="step", disable=not progress) as bar:
-        found = ValueOptimizer(model, [f.id for f in facts], rows, method, whole=whole, bar=bar).run()
+    with tqdm(total=len(facts) * method.values.v_num_grad_steps, desc="values", unit="step", disable=not progress) as bar:
+        found = ValueOptimizer(model, [f.id for f in facts], rows, method.values, method.last_layer, bar=bar).run()
     return TargetValues(
         fact_ids=tuple(f.id for f in facts),
         layer=method.last_layer,
@@ -436,45 +428,3 @@ def _rows_of(rows: Sequence[SearchRow], facts: Sequence[int]) -> list[SearchRow]
     """Return the rows of some facts, which are numbered anew."""
     number = {fact: i for i, fact in enumerate(facts)}
     return [replace(row, fact=number[row.fact]) for row in rows if row.fact in number]
-
-
-def replayed_targets(model: EditableModel, facts: Sequence[Fact], method: Method, first_values: TargetValues) -> dict[int, Tensor]:
-    """Return the state that each edited layer has to reach so that all of them agree with the first one's value.
-
-        z^l = h^l of the bare prompt at the subject's last token, where h^{l₁} there is replaced by z^{l₁}
-
-    after "forward-replayed targets" (arXiv 2605.00358). The pass runs under the weights that values are sought under.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model.
-    facts : sequence of Fact
-        The facts, in the values' order.
-    method : Method
-        ``layers`` and ``values_under``.
-    first_values : TargetValues
-        The facts' values at the first layer, l₁.
-
-    Returns
-    -------
-    dict of int to Tensor
-        Layer → (n_facts, d_model) float32 on CPU; the first layer's are its values themselves.
-    """
-    first, *later = method.layers
-    targets = {first: first_values.z}
-    rows = [locate_fact(model, fact, with_target=False).upto_subject for fact in facts]
-    with weights_of_values(model, method):
-        states = LastTokenStates.record(model, rows, first + 1, method.last_layer, share=False).with_last(first_values.z)
-        for layer in later:
-            states = states.enter(layer)
-            targets[layer] = states.hidden(layer).float().cpu()
-    return targets
-
-
-def replayed_values(model: EditableModel, facts: Sequence[Fact], method: Method, first_values: TargetValues) -> TargetValues:
-    """Return the values at layer L that follow from those at the first layer; searches and reasons to stop stay those of the first."""
-    z = replayed_targets(model, facts, method, first_values)[method.last_layer]
-    with weights_of_values(model, method):
-        h0 = hidden_states(model, facts, method.last_layer)
-    return replace(first_values, layer=method.last_layer, z=z, delta=z - h0, h0=h0)

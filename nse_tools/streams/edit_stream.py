@@ -15,9 +15,10 @@ from nse_tools._repr import table_html
 from nse_tools.data.conflicts import questions_of
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import CollapseError, EditError, FactError, SettingError
-from nse_tools.steps.records import ABOVE, EditRound
+from nse_tools.steps.records import ABOVE
 from nse_tools.streams.journal import CORRECTED, DUPLICATE, EDITED, OUTSIDE, REFUSED, SUPERSEDED, WRITTEN, Entry, Journal, Standing
 from nse_tools.streams.sources import Arrival, Ended, JsonLines, Place, source_of
 from nse_tools.tracing.prompts import locate_fact
@@ -316,10 +317,10 @@ def _half(entries: Sequence[Entry]) -> int:
 def _left_out(record: EditRound) -> dict[str, str]:
     """Return the facts that a round did not edit because they were too far away (those below α are there already)."""
     residuals, method = record.final_residuals, record.method
-    unit = sum(residuals) / len(residuals) if method.band_unit == "relative" else 1.0
+    unit = sum(residuals) / len(residuals) if method.setting("band_unit") == "relative" else 1.0
     left = {}
     for fact, residual in zip(record.facts, residuals, strict=True):
         status = record.skipped.get(fact.id)
-        if status == ABOVE or (status == "no pass was made" and residual >= method.upper_bound * unit):
+        if status == ABOVE or (status == "no pass was made" and residual >= method.setting("upper_bound") * unit):
             left[fact.id] = f"{ABOVE} ({residual:.3g})"
     return left

@@ -13,9 +13,9 @@ from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, SettingError
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import weights_in_place
-from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import Contexts, sample_contexts
 from nse_tools.tracing.moments import second_moments
 from nse_tools.widgets.steps import Step, Steps, quiet

@@ -9,8 +9,8 @@ import ipywidgets as ui
 
 from nse_tools import methods, plots
 from nse_tools.data.fact import Fact
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 from nse_tools.widgets import markup
 from nse_tools.widgets.bench_control import BenchControl
 from nse_tools.widgets.live_figure import LiveFigure

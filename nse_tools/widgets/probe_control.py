@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nse_tools.data.fact import SLOT, Fact
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.preview import EditPreview
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError, StateError
-from nse_tools.steps.records import EditRound
 from nse_tools.tracing.prompts import lead_of, locate
 from nse_tools.widgets.answers import TOKENS, Compared, answers, compared
 from nse_tools.widgets.steps import Steps, in_order, quiet
@@ -113,7 +113,7 @@ class ProbeControl:
         steps = in_order("contexts and key statistics", "searching for the value, then a trial edit that is taken back")
         with quiet(session):
             yield next(steps)
-            if session.method.solver != "gradient":
+            if session.method.needs_moments:
                 _ = session.contexts, session.moments
             yield next(steps)
             self.preview = session.preview(self.fact)

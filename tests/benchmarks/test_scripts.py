@@ -13,15 +13,15 @@ import plain
 import report
 import run_all
 from helpers.models import CONTEXTS, FACTS, build, moments_for
-from nse_tools import EditableModel, Keys, Method, collect_keys, compute_values, hidden_states, score_facts, second_moments
+from helpers.writing import write_values
+from nse_tools import EditableModel, Keys, collect_keys, compute_values, hidden_states, methods, score_facts, second_moments
 from nse_tools.data.bundled import world_facts
-from nse_tools.methods.locate_then_edit import write_values
 from nse_tools.models import kernels
 from nse_tools.steps.preserved import PreviousKeys
 from nse_tools.tracing.corpus import Corpus
 from round import difference, engine_round
 
-METHOD = Method("test", (0, 1, 2), v_lr=0.3, v_num_grad_steps=4, mom2_update_weight=2.0, neuron_threshold=0.8)
+METHOD = methods.nse(None, name="test", layers=(0, 1, 2), v_lr=0.3, v_num_grad_steps=4, mom2_update_weight=2.0, neuron_threshold=0.8)
 BENCHMARKS = Path(plain.__file__).parent
 
 
@@ -42,7 +42,7 @@ def test_delta_of_the_plain_search(model: EditableModel) -> None:
 
 def test_keys_and_hidden_states(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain, "ROWS", 4)  # several batches
-    assert far(plain.plain_keys(model, FACTS, CONTEXTS, 2), collect_keys(model, FACTS, CONTEXTS, 2).values) < 1e-5
+    assert far(plain.plain_keys(model, FACTS, CONTEXTS, 2), collect_keys(model, FACTS, CONTEXTS, 2).matrix) < 1e-5
     assert far(plain.plain_hidden(model, FACTS, 2), hidden_states(model, FACTS, 2)) < 1e-5
 
 

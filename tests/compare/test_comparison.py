@@ -18,10 +18,10 @@ from nse_tools.compare.store import Cell
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError, SettingError, StateError
+from nse_tools.methods.base import Method
 from nse_tools.metrics.forgetting import forgetting_matrix, session_scores
 from nse_tools.models.weights import digest_of
 from nse_tools.parallel.executor import LocalExecutor
-from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import sample_contexts
 from nse_tools.tracing.moments import second_moments
 

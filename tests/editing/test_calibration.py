@@ -89,7 +89,7 @@ def test_the_closed_share_is_what_dense_solves_give(model: EditableModel) -> Non
     keys = {layer: collect_keys(model, FACTS, CONTEXTS, layer) for layer in (1, 2)}
     left = torch.ones((), dtype=torch.float64)
     for layer, layers_left in ((1, 2), (2, 1)):
-        k = keys[layer].values.double().T
+        k = keys[layer].matrix.double().T
         inverse = torch.linalg.inv(7.0 * moments[layer].double() + k @ k.T)
         left = left * (1 - (k.T @ inverse @ k).trace() / len(FACTS) / layers_left)
     assert proposals.closed_share(proposals.key_spectra(keys, moments), 7.0) == pytest.approx(1 - float(left), rel=1e-8)
@@ -119,22 +119,22 @@ def test_every_choice_follows_from_its_evidence(model: EditableModel, found: Cal
     assert torch.tensor(found.layers.recovered.tolist()).allclose(found.trace.recovered())
     assert method.layers == proposals.propose_layers(found.trace.recovered(), torch.tensor(found.layers.first_token_ratio.tolist()))
     assert found.layers[found.layers.chosen].layer.tolist() == list(method.layers)
-    chosen = found.weights[found.weights.weight == method.mom2_update_weight].iloc[0]
+    chosen = found.weights[found.weights.weight == method.solver.mom2_update_weight].iloc[0]
     assert chosen.closed == pytest.approx(0.95, abs=0.005)
     assert found.weights.closed.is_monotonic_decreasing
     h0 = hidden_states(model, facts, method.last_layer).norm(dim=1)
-    clamps = found.clamps[found.clamps.clamp_norm_factor == method.clamp_norm_factor]
-    assert clamps.norm_delta.le(method.clamp_norm_factor * clamps.norm_h0 * 1.0001).all()
-    assert method.upper_bound > method.clamp_norm_factor * float(h0.max())
-    assert method.alpha == pytest.approx(0.05 * clamps.norm_delta.mean(), rel=0.06)
-    assert method.v_lr in set(found.rates.v_lr)
+    clamps = found.clamps[found.clamps.clamp_norm_factor == method.values.clamp_norm_factor]
+    assert clamps.norm_delta.le(method.values.clamp_norm_factor * clamps.norm_h0 * 1.0001).all()
+    assert method.schedule.upper_bound > method.values.clamp_norm_factor * float(h0.max())
+    assert method.schedule.alpha == pytest.approx(0.05 * clamps.norm_delta.mean(), rel=0.06)
+    assert method.values.v_lr in set(found.rates.v_lr)
     assert found.rates.v_lr.min() == pytest.approx(0.02 * float(h0.mean()) / model.d_model**0.5, rel=0.06)
 
 
 def test_the_method_is_ready_and_the_table_gives_its_settings(model: EditableModel, found: Calibration) -> None:
     table = found.to_frame()
     for setting, value in zip(table.setting, table.value, strict=True):
-        assert getattr(found.method, setting) == value
+        assert found.method.setting(setting) == value
     assert table.why.str.endswith(".").all()
     assert found.method.preset is None
     assert found.method.name == "calibrated"

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
+from helpers.writing import write_values
 from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
-from nse_tools.methods.locate_then_edit import write_values
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps.keys import collect_keys, hidden_states
 from nse_tools.steps.neurons import select_neurons
@@ -58,7 +58,7 @@ def test_values_agree_with_the_reference(smollm: EditableModel, naive: Reference
 
 def test_keys_and_states_agree_with_the_reference(smollm: EditableModel, naive: Reference) -> None:
     keys = collect_keys(smollm, FACTS, CONTEXTS, 6)
-    assert apart(keys.values, torch.stack([naive.key(f, CONTEXTS.prefixes, 6) for f in FACTS])) < 1e-5
+    assert apart(keys.matrix, torch.stack([naive.key(f, CONTEXTS.prefixes, 6) for f in FACTS])) < 1e-5
     assert apart(hidden_states(smollm, FACTS, 6), torch.stack([naive.hidden(f, 6) for f in FACTS])) < 1e-5
 
 
@@ -76,7 +76,7 @@ def test_the_first_update_agrees_with_the_reference(smollm: EditableModel, naive
     residuals = torch.stack([values.z[i].double() - naive.hidden(f, 6) for i, f in enumerate(FACTS)])
     neurons = step.selection.indices.tolist()
     assert set(neurons) == set(select_neurons(collect_with(keys), 0.8).indices.tolist())
-    expected = update(METHOD.mom2_update_weight * made_up[5].double(), keys, residuals / 2, neurons)
+    expected = update(METHOD.solver.mom2_update_weight * made_up[5].double(), keys, residuals / 2, neurons)
     assert apart(step.update.delta(), expected) < 1e-4
 
 

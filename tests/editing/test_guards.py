@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from helpers.models import CONTEXTS, FACTS, build, moments_for
+from helpers.models import CONTEXTS, FACTS, build, moments_for, varied
 from helpers.sessions import BATCHES, LAYERS, METHOD, edit, same, session_of, values_of, weights
 from nse_tools import methods
 from nse_tools.editing.session import EditSession
@@ -17,6 +17,7 @@ from nse_tools.methods import finetune, rome
 from nse_tools.methods import locate_then_edit as updating
 from nse_tools.models.loading import load_model
 from nse_tools.steps.keys import SubjectStates
+from nse_tools.steps.post_process import PostProcess
 from nse_tools.steps.values import compute_values
 from nse_tools.tracing.moments import SecondMoments
 
@@ -133,15 +134,14 @@ def test_a_solve_that_is_not_finite_names_layer_and_fact(monkeypatch: pytest.Mon
     refused(session, "Layer 0: the update is not finite, at fact 'start'", lambda: edit(session, 0))
 
 
-def test_a_restraint_that_breaks_an_update_names_layer_fact_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = session_of()
+def test_a_post_processing_step_that_breaks_an_update_names_layer_fact_and_step() -> None:
+    class Breaking(PostProcess):
+        def change(self, update, keys, weight, prepared):
+            right = update.right.clone()
+            right[1, 0] = NAN
+            return replace(update, right=right)
 
-    def restraining(update, *_):
-        right = update.right.clone()
-        right[1, 0] = NAN
-        return replace(update, right=right)
-
-    monkeypatch.setattr(updating, "restrain", restraining)
+    session = session_of(method=METHOD.with_(post_process=[dataclass(frozen=True)(Breaking)()]))
     refused(session, "Fact 'start', layer 0, solving for the update: .*not finite", lambda: edit(session, 0))
 
 
@@ -182,7 +182,7 @@ def test_the_limit_is_a_multiple_of_the_weights_norm() -> None:
 
 
 def test_rank_one_updates_and_fine_tuning_have_the_same_limit() -> None:
-    one = session_of(method=METHOD.with_(layers=(2,), solver="rank_one", passes=1, max_update_norm=1e-6))
+    one = session_of(method=varied(METHOD, "rome", max_update_norm=1e-6))
     refused(one, "Layer 2, solving for the update: .*max_update_norm", lambda: one.edit(BATCHES[1]))
     tuned = session_of(method=methods.ft(preset=None, layers=(2,), ft_num_steps=3, max_update_norm=1e-6))
     refused(tuned, "Layer 2, fine-tuning: .*max_update_norm", lambda: tuned.edit(BATCHES[1]))
@@ -198,7 +198,7 @@ def test_no_method_comes_near_the_limit_with_its_own_settings(name: str) -> None
     session = session_of(method=method)
     for batch in BATCHES:
         for update in session.edit(batch).updates:
-            assert update.norm < 0.1 * method.max_update_norm * float(session.model.weight(update.layer).double().norm())
+            assert update.norm < 0.1 * method.apply.max_update_norm * float(session.model.weight(update.layer).double().norm())
 
 
 def test_a_bad_condition_is_refused_as_before() -> None:

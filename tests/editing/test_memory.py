@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from helpers.models import CONTEXTS, FACTS, build, moments_for
-from nse_tools.methods.locate_then_edit import write_values
-from nse_tools.steps.config import Method
+from helpers.writing import write_values
+from nse_tools import methods
 from nse_tools.steps.preserved import PreviousKeys
 from nse_tools.steps.values import compute_values
 
-METHOD = Method("memory", layers=(1, 2), v_num_grad_steps=3, mom2_update_weight=0.1)
+METHOD = methods.nse(None, name="memory", layers=(1, 2), v_num_grad_steps=3, mom2_update_weight=0.1)
 STATUS = Path("/proc/self/status")
 
 

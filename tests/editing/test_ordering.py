@@ -15,7 +15,7 @@ def test_orders_by_name() -> None:
     model = build("llama")
     assert order_facts(FACTS) == FACTS
     assert order_facts(FACTS, "shuffled", seed=3) == FACTS.shuffled(3)
-    keys = collect_keys(model, FACTS, CONTEXTS, 2).values.numpy()
+    keys = collect_keys(model, FACTS, CONTEXTS, 2).matrix.numpy()
     for policy, order in (("packed", packed_order), ("spread", spread_order)):
         found = order_facts(FACTS, policy, model=model, contexts=CONTEXTS, layer=2)
         assert found.ids == [FACTS[row].id for row in order(keys)]
@@ -27,7 +27,7 @@ def test_keys_are_those_of_the_unedited_model() -> None:
     model.originals.keep([1])
     expected = order_facts(FACTS, "packed", model=model, layer=2)
     model.weight(1).add_(torch.randn(model.weight(1).shape, generator=torch.Generator().manual_seed(0)))
-    edited = packed_order(collect_keys(model, FACTS, CONTEXTS, 2).values.numpy())
+    edited = packed_order(collect_keys(model, FACTS, CONTEXTS, 2).matrix.numpy())
     assert order_facts(FACTS, "packed", model=model, layer=2) == expected
     assert expected.ids != [FACTS[row].id for row in edited]
 

@@ -5,27 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.models import CONTEXTS, FACTS, build, moments_for
+from helpers.models import CONTEXTS, FACTS, build, moments_for, varied
 from helpers.shown import bits, same
+from nse_tools import methods
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.preview import EditPreview
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, StateError
 from nse_tools.methods import locate_then_edit as updating
-from nse_tools.steps.config import Method
+from nse_tools.methods.base import Method
 
 LAYERS = (0, 2)
-METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.7)
+METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.7)
 ONE, TWO = FactList(list(FACTS)[:3]), FactList(list(FACTS)[3:])
 METHODS = {
     "nse": METHOD,
     "two passes, nothing far enough": METHOD.with_(passes=2, alpha=1e6, upper_bound=1e7),
-    "one by one": METHOD.with_(
-        layers=(2,), passes=1, alpha=0.0, upper_bound=float("inf"), solver="rank_one", values_under="current", neuron_threshold=1.0
-    ),
-    "fine-tuning": METHOD.with_(
-        layers=(2,), passes=1, alpha=0.0, upper_bound=float("inf"), solver="gradient", neuron_threshold=1.0, ft_num_steps=3
-    ),
+    "one by one": varied(METHOD, "rome", values_under="current", neuron_threshold=1.0),
+    "fine-tuning": varied(METHOD, "ft", ft_num_steps=3),
 }
 
 

@@ -13,8 +13,8 @@ import pytest
 from helpers.models import FACTS, build
 from helpers.sessions import METHOD
 from nse_tools.editing.session import EditSession
+from nse_tools.methods.base import Method
 from nse_tools.models.weights import digest_of
-from nse_tools.steps.config import Method
 
 RUN = METHOD.with_(layers=(1, 2), neuron_threshold=0.8)
 PROGRAM = """

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.models import varied
 from helpers.sessions import BATCHES, LAYERS, METHOD, edit, same, session_of, weights
 from nse_tools.editing.changes import effective_rank
 from nse_tools.errors import SettingError, StateError
@@ -131,7 +132,7 @@ def test_rounds_that_do_not_fit_are_not_taken_over() -> None:
 
 def test_a_rank_one_round_of_one_layer_fits_into_a_session_of_several() -> None:
     main = session_of()
-    rome = session_of(method=METHOD.with_(layers=(2,), solver="rank_one", passes=1))
+    rome = session_of(method=varied(METHOD, "rome"))
     rome.edit(BATCHES[1])
     picked = main.cherry_pick(rome, 1)
     assert sorted(picked.final_keys) == list(LAYERS)

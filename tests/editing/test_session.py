@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from helpers.models import CONTEXTS, FACTS, NAMES, build, moments_for
+from helpers.models import CONTEXTS, FACTS, NAMES, build, moments_for, varied
 from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
@@ -16,12 +16,11 @@ from nse_tools.errors import EditError, FactError, ModelError, SettingError, Sta
 from nse_tools.methods import locate_then_edit as updating
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps import values as values_module
-from nse_tools.steps.config import Method
 from nse_tools.steps.values import compute_values
 from reference import apart
 
 LAYERS = (0, 2)
-METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
+METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
 ONE, TWO = FactList(list(FACTS)[:3]), FactList(list(FACTS)[3:])
 
 
@@ -29,7 +28,7 @@ def session_of(name: str = "llama", **changes) -> EditSession:
     model = build(name)
     # without a cache, so that what is done again is computed again
     return EditSession(
-        model, METHOD.with_(**changes), contexts=CONTEXTS, moments=moments_for(model, LAYERS), progress=False, value_cache=False
+        model, varied(METHOD, **changes), contexts=CONTEXTS, moments=moments_for(model, LAYERS), progress=False, value_cache=False
     )
 
 
@@ -191,14 +190,14 @@ def test_values_under_original_weights_do_not_depend_on_earlier_rounds_but_those
     assert apart(current.edit(TWO).values.h0, alone.h0) > 1e-4
 
 
-def test_old_keys_stay_in_place_better_with_history() -> None:
+def test_old_keys_stay_in_place_better_with_previous_keys() -> None:
     moved = {}
     for use in (True, False):
-        session = session_of(use_history=use, mom2_update_weight=1e-3, passes=1, neuron_threshold=1.0)
+        session = session_of(use_previous_keys=use, mom2_update_weight=1e-3, passes=1, neuron_threshold=1.0)
         first = session.edit(ONE)
         before = {layer: session.model.weight(layer).clone() for layer in LAYERS}
         session.edit(TWO)
-        moved[use] = sum(float(((session.model.weight(la) - before[la]) @ first.final_keys[la].values.T).norm()) for la in LAYERS)
+        moved[use] = sum(float(((session.model.weight(la) - before[la]) @ first.final_keys[la].matrix.T).norm()) for la in LAYERS)
     assert moved[True] < 0.5 * moved[False]
 
 

@@ -14,11 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from helpers.models import CONTEXTS
 from helpers.sessions import BATCHES, LAYERS, METHOD, edit, session_of, weights
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StateError
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import write_weights
-from nse_tools.steps.records import EditRound
 from nse_tools.tracing.moments import SecondMoments
 
 Weights = list[torch.Tensor]

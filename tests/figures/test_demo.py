@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from helpers.models import CONTEXTS, build, moments_for
+from nse_tools import methods
 from nse_tools.cli import app, score_table
 from nse_tools.cli.shell import some_of
 from nse_tools.data.bundled import known_facts, world_by_knowledge
@@ -20,8 +21,8 @@ from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError
 from nse_tools.figures import demo
 from nse_tools.figures.demo import StreamResult, run_stream, save_stream
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_no_facts_are_refused(result: StreamResult) -> None:
 
 
 def test_facts_without_a_true_target_are_measured_by_their_accuracy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    method = Method("test", (1,), v_num_grad_steps=2, mom2_update_weight=2.0)
+    method = methods.nse(None, name="test", layers=(1,), v_num_grad_steps=2, mom2_update_weight=2.0)
 
     def opened(model: EditableModel, method: Method, **options: object) -> EditSession:
         return EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, (1,)), value_cache=False, **options)

@@ -102,7 +102,7 @@ def test_effects_equal_a_naive_walk_through_the_rounds(small: EditableModel) -> 
         disturbed, along, reuse = [], [], []
         for layer in (1, 2):
             done = session.rounds[s - 1]
-            key = done.final_keys[layer].values[done.facts.ids.index(fact)].double()
+            key = done.final_keys[layer].matrix[done.facts.ids.index(fact)].double()
             own, later = ((weights[b][layer] - weights[a][layer]) @ key for a, b in ((s - 1, s), (s, 3)))
             disturbed.append(float(later.norm() / own.norm()))
             along.append(float(later @ own / own.norm() ** 2))

@@ -15,7 +15,6 @@ from nse_tools.editing.session import EditSession
 from nse_tools.errors import StorageError
 from nse_tools.figures import report as report_module
 from nse_tools.figures.report import Report, session_report
-from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import Contexts
 
 EVIL = "<script src=//a>"
@@ -53,7 +52,7 @@ class Tags(HTMLParser):
 def session() -> EditSession:
     model = build("llama", "bos")
     model.name = f"model {EVIL}"
-    method = Method(f"test {EVIL}", LAYERS, v_num_grad_steps=2, mom2_update_weight=2.0, neuron_threshold=0.9)
+    method = methods.nse(None, name=f"test {EVIL}", layers=LAYERS, v_num_grad_steps=2, mom2_update_weight=2.0, neuron_threshold=0.9)
     contexts = Contexts(("", f"So {EVIL}. ", LONG))
     session = EditSession(model, method, contexts=contexts, moments=moments_for(model, LAYERS), seed=7, progress=False)
     for batch in FACTS.rounds(of=1):
@@ -114,7 +113,7 @@ def test_numbers_are_those_of_the_session(session: EditSession, page: str) -> No
 
 def test_facts_without_a_true_target_are_reported_by_their_accuracy() -> None:
     model = build("llama", "bos")
-    method = Method("test", LAYERS, v_num_grad_steps=2, mom2_update_weight=2.0)
+    method = methods.nse(None, name="test", layers=LAYERS, v_num_grad_steps=2, mom2_update_weight=2.0)
     session = EditSession(model, method, contexts=Contexts(("",)), moments=moments_for(model, LAYERS), progress=False)
     session.edit(Fact("a", "Paris", "{} is in", "Italy"))
     assert "ForgettingMatrix(efficacy_accuracy, 1 rounds" in session.report().html

@@ -55,7 +55,10 @@ def test_the_usual_size_and_facts_are_what_the_stored_results_are_of(name: str) 
 
 def test_the_ablation_has_every_combination_once() -> None:
     parts = RUNS["ablation"].parts(Maker(), RUNS["ablation"].size, 30)
-    grid = {(m.values_under, m.use_history, m.neuron_threshold, m.passes): m.name for m in parts["ablation"].methods}
+    grid = {
+        (m.values.values_under, m.solver.use_previous_keys, m.neurons.neuron_threshold, m.schedule.passes): m.name
+        for m in parts["ablation"].methods
+    }
     assert len(grid) == len(parts["ablation"].methods) == 16
     assert all(name == variant_name(*combination) for combination, name in grid.items())
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from nse_tools import methods
 from nse_tools.compare.result import Comparison
 from nse_tools.compare.store import ComparisonFolder
 from nse_tools.data.bundled import world_by_knowledge
@@ -19,7 +20,6 @@ from nse_tools.editing.session import EditSession
 from nse_tools.figures.runs import RUNS, load_run, make_run, variant_name
 from nse_tools.metrics.forgetting import round_scores
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.corpus import Corpus
 from nse_tools.tracing.moments import second_moments
@@ -58,7 +58,7 @@ def test_the_first_round_of_a_stored_cell_made_again_gives_the_same_numbers(smol
     name = variant_name("original", True, 0.8, 2)
     inputs = ComparisonFolder(STORED / "ablation" / "ablation").inputs(seed := there.seeds[0])
     assert inputs is not None
-    method = Method(**there.methods[name])
+    method = methods.from_dict(there.methods[name])
     text = Corpus(tuple(tuple(map(int, ids.split())) for ids in inputs["text"]), inputs["source"])
     session = EditSession(
         smollm,

@@ -12,7 +12,7 @@ from nse_tools.compare.result import Comparison
 from nse_tools.compare.runner import compare
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
-from nse_tools.steps.config import Method
+from nse_tools.methods.base import Method
 
 FACTS = FactList(
     [

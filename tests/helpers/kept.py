@@ -16,30 +16,33 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from helpers.models import CONTEXTS, build, moments_for
+from helpers.models import CONTEXTS, build, moments_for, varied
+from nse_tools import methods
 from nse_tools.compare.runner import compare
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.round_list import Rounds
 from nse_tools.editing.session import EditSession
 from nse_tools.io.saved_session import holds_session
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 from nse_tools.tracing.corpus import Corpus
 from nse_tools.tracing.moments import second_moments
 
 LAYERS = (0, 2)
-METHOD = Method("nse", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
+METHOD = methods.nse(None, name="nse", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
 ONE_LAYER = METHOD.with_(layers=(2,), passes=1, neuron_threshold=1.0)
 METHODS = {
     "nse": METHOD,
     "per_fact": METHOD.with_(per="fact", alpha=0.1, upper_bound=1e6),
     "memit_seq": METHOD.with_(name="memit_seq", values_under="current", neuron_threshold=1.0, passes=1),
-    "rect": METHOD.with_(name="rect", keep_share=0.4),
-    "prune": METHOD.with_(name="prune", compress=True, compress_base=3.0, mom2_update_weight=1e-6, v_lr=5.0, clamp_norm_factor=20.0),
+    "rect": METHOD.with_(name="rect", post_process=["keep_largest"]),
+    "prune": METHOD.with_(
+        name="prune", post_process=["compress_growth"], compress_base=3.0, mom2_update_weight=1e-6, v_lr=5.0, clamp_norm_factor=20.0
+    ),
     "alphaedit": METHOD.with_(name="alphaedit", solver="null_space", ridge=1.0, nullspace_threshold=1.0, nullspace_unit="relative"),
-    "rome": ONE_LAYER.with_(name="rome", solver="rank_one", use_history=False, values_under="current"),
-    "ft": ONE_LAYER.with_(name="ft", solver="gradient", ft_num_steps=3, ft_lr=1e-2),
+    "rome": varied(ONE_LAYER, "rome", name="rome", use_previous_keys=False, values_under="current"),
+    "ft": varied(ONE_LAYER, "ft", name="ft", ft_num_steps=3, ft_lr=1e-2),
     "ends": METHOD.with_(name="ends", spread="ends"),
     "replay": METHOD.with_(name="replay", spread="replay"),
     "anchored": METHOD.with_(name="anchored", norm_anchor=True, v_stop_at_argmax=1),

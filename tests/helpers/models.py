@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from typing import Any
 
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
+from nse_tools.methods import Method
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
@@ -134,3 +137,17 @@ def moments_for(model: EditableModel, layers: tuple[int, ...], seed: int = 0) ->
         keys = torch.randn(3 * model.d_ff, model.d_ff, generator=draw, dtype=torch.float64)
         found[layer] = ((keys.T @ keys) / len(keys)).float()
     return SecondMoments(found, 3 * model.d_ff, "made up")
+
+
+def varied(method: Method, family: str | None = None, **changes: Any) -> Method:
+    """Return a method with other settings; ``family`` "rome" or "ft" takes over those of the settings that it has."""
+    if family is None:
+        return method.with_(**changes)
+    new = {"rome": methods.rome, "ft": methods.ft}[family](None, name=changes.pop("name", method.name), layers=changes.pop("layers", (2,)))
+    return new.with_(
+        **{
+            k: v
+            for k, v in (method.settings() | changes).items()
+            if k in new.settings() and k not in ("name", "layers", "preset", "solver")
+        }
+    )

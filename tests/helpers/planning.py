@@ -59,14 +59,13 @@ def inputs_of(sizes: dict[str, int]) -> tuple[Any, Any, Any]:
     from nse_tools import methods
     from nse_tools.data.fact import Fact
     from nse_tools.data.fact_list import FactList
-    from nse_tools.steps.config import Method
     from nse_tools.tracing.contexts import Contexts
 
     facts = [Fact(f"f{i}", f"{SUBJECTS[i % 6]} {i}", "I think that {} is in the city of", TARGETS[i % 8]) for i in range(sizes["facts"])]
     contexts = Contexts(("", *(f"{word} is in the city of Paris and I am. " for word in CONTEXTS_OF)))
     if "d_model" not in sizes:
         return FactList(facts), contexts, methods.nse(v_num_grad_steps=3)
-    method = Method("nse", tuple(range(sizes["edited"])), v_num_grad_steps=3, mom2_update_weight=100.0)
+    method = methods.nse(None, layers=tuple(range(sizes["edited"])), v_num_grad_steps=3, mom2_update_weight=100.0)
     return FactList(facts), contexts, method
 
 

@@ -7,16 +7,17 @@ from functools import cache
 import torch
 
 from helpers.models import CONTEXTS, FACTS, build, moments_for
+from nse_tools import methods
 from nse_tools.data.fact_list import FactList
+from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import bytes_of
-from nse_tools.steps.config import Method
-from nse_tools.steps.records import EditRound
 from nse_tools.steps.values import TargetValues, compute_values
 
 LAYERS = (0, 2)
-METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
+METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
 BATCHES = [FactList([FACTS[0], FACTS[1]]), FactList([FACTS[2]]), FactList([FACTS[3]]), FactList([FACTS[4]])]
 
 

@@ -12,15 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from helpers.models import CONTEXTS, FACTS, build, moments_for
+from helpers.models import CONTEXTS, FACTS, build, moments_for, varied
+from nse_tools import methods
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.io._patch_file import checksum
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 
 LAYERS = (0, 2)
-METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.6)
+METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.6)
 FIRST, SECOND = FactList(list(FACTS)[:1]), FactList(list(FACTS)[1:2])
 
 
@@ -28,7 +28,7 @@ def edited(
     name: str = "llama", *, rounds: tuple[FactList, ...] = (FIRST, SECOND), dtype: torch.dtype = torch.float32, **changes
 ) -> EditSession:
     """Return a session with a few rounds on a small random model."""
-    model, method = build(name, dtype=dtype), METHOD.with_(**changes)
+    model, method = build(name, dtype=dtype), varied(METHOD, **changes)
     session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, method.layers), progress=False, value_cache=False)
     for facts in rounds:
         session.edit(facts)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from helpers.models import CONTEXTS, build, moments_for
+from helpers.models import CONTEXTS, build, moments_for, varied
 from helpers.sessions import same, weights
+from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
-from nse_tools.steps.config import Method
 
 __all__ = ["EVIL", "LAYERS", "METHOD", "STREAM", "bits", "same", "session_of"]
 
 LAYERS = (1, 2)
-METHOD = Method("small", LAYERS, v_lr=0.3, v_num_grad_steps=4, mom2_update_weight=2.0, neuron_threshold=0.7, alpha=0.0)
+METHOD = methods.nse(
+    None, name="small", layers=LAYERS, v_lr=0.3, v_num_grad_steps=4, mom2_update_weight=2.0, neuron_threshold=0.7, alpha=0.0
+)
 EVIL = "<script>alert('x')</script>"
 """What must never reach a page as it is."""
 STREAM = FactList(
@@ -38,7 +40,7 @@ STREAM = FactList(
 def session_of(rounds: int = 0, name: str = "llama", kind: str = "plain", **changes) -> EditSession:
     """Return a session on a random model, with some rounds of two facts of STREAM made."""
     model = build(name, kind)
-    method = METHOD.with_(**changes)
+    method = varied(METHOD, **changes)
     session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, method.layers), progress=False, value_cache=False)
     for batch in STREAM.rounds(of=2)[:rounds]:
         session.edit(batch)

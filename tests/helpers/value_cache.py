@@ -9,14 +9,17 @@ import pandas as pd
 import torch
 
 from helpers.models import CONTEXTS, FACTS
+from nse_tools import methods
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps._value_cache import ValueCache
-from nse_tools.steps.config import Method
 from nse_tools.steps.values import TargetValues, compute_values
 from nse_tools.tracing.contexts import Contexts
 
 LAYERS = (0, 1)
-METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, kl_factor=0.5, mom2_update_weight=2.0, neuron_threshold=0.9)
+METHOD = methods.nse(
+    None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, kl_factor=0.5, mom2_update_weight=2.0, neuron_threshold=0.9
+)
 FACT = FACTS[0]
 
 

@@ -86,9 +86,7 @@ def test_the_factors_by_hand(name: str, tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(config)
 
 
-@pytest.mark.parametrize(
-    "replay_mode", [{}, {"keep_share": 0.5}, {"solver": "gradient", "layers": (2,), "passes": 1, "neuron_threshold": 1.0}]
-)
+@pytest.mark.parametrize("way", [{}, {"post_process": ["keep_largest"], "keep_share": 0.5}, {"family": "ft"}])
 def test_the_rank_is_what_the_update_needs(way: dict, tmp_path: Path) -> None:
     session = edited(**way)
     written = session.export(tmp_path / "adapter", "lora")

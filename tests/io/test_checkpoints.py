@@ -124,7 +124,7 @@ def test_a_model_that_its_config_does_not_describe_is_not_exported(tmp_path: Pat
         del mlp.down_proj
         mlp.forward = lambda x, m=mlp: m.odd_name(m.act_fn(m.gate_proj(x)) * m.up_proj(x))
     model = EditableModel(hf, tokenizer(), Architecture("model.layers", "mlp.odd_name", "model.norm"), name="odd")
-    session = nse.EditSession(model, nse.Method("test", LAYERS), progress=False)
+    session = nse.EditSession(model, nse.methods.nse(None, name="test", layers=LAYERS), progress=False)
     with pytest.raises(ExportError, match="plain transformers loads other weights than were saved"):
         session.export(tmp_path / "model")
     assert not list(tmp_path.iterdir())

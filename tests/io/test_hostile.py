@@ -27,7 +27,7 @@ NAN, HUGE = float("nan"), 2**62
 def patch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a patch with all that a patch can have: factors, columns, masks, fixes in layer 0; the dense weight in layer 2."""
     folder = tmp_path_factory.mktemp("patch")
-    plain = edited(keep_share=0.5).export(folder / "plain", "patch").path
+    plain = edited(post_process=["keep_largest"], keep_share=0.5).export(folder / "plain", "patch").path
     result = build()
     nse.apply_patch(result, plain)
 

@@ -22,10 +22,10 @@ from nse_tools.models.weights import copy_of
 WAYS = {
     "some neurons": {},
     "all neurons": {"neuron_threshold": 1.0},
-    "RECT": {"keep_share": 0.3, "passes": 1},
-    "PRUNE": {"compress": True, "compress_base": 1.01},
-    "ROME": {"solver": "rank_one", "layers": (2,), "passes": 1},
-    "FT": {"solver": "gradient", "layers": (2,), "passes": 1, "neuron_threshold": 1.0},
+    "RECT": {"post_process": ["keep_largest"], "keep_share": 0.3, "passes": 1},
+    "PRUNE": {"post_process": ["compress_growth"], "compress_base": 1.01},
+    "ROME": {"family": "rome"},
+    "FT": {"family": "ft"},
 }
 
 
@@ -49,7 +49,7 @@ def test_the_result_is_the_sessions_bit_for_bit(name: str, tmp_path: Path) -> No
     assert len(session_on_top) == 0
 
 
-@pytest.mark.parametrize("replay_mode", WAYS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whatever_the_method_and_dtype(way: str, dtype: torch.dtype, tmp_path: Path) -> None:
     session = edited("gpt2", dtype=dtype, **WAYS[way])
@@ -63,7 +63,7 @@ def test_whatever_the_method_and_dtype(way: str, dtype: torch.dtype, tmp_path: P
 
 def test_the_file_holds_the_recorded_updates(tmp_path: Path) -> None:
     """The format read by hand: factors, columns and packed masks, replayed in plain float64."""
-    session = edited(keep_share=0.5)
+    session = edited(post_process=["keep_largest"], keep_share=0.5)
     written = session.export(tmp_path / "edit", "patch")
     tensors, about = contents(tmp_path / "edit")
     assert about.keys() == {"nse_patch"}

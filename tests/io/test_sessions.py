@@ -148,7 +148,7 @@ def test_what_is_on_disk_can_be_read_without_nse_tools(tmp_path: Path) -> None:
     place = next((tmp_path / "rounds").iterdir())
     head = json.loads((tmp_path / "session.json").read_text())
     assert head["format"] == manifest.FORMAT == 2
-    assert head["session"]["method"]["neuron_threshold"] == METHOD.neuron_threshold
+    assert head["session"]["method"]["neuron_threshold"] == METHOD.neurons.neuron_threshold
     assert load_facts(place / "facts.json") == ROUNDS[0]
     pd.testing.assert_frame_equal(pd.read_csv(place / "residuals.csv", dtype={"layer": "Int64"}), done.residuals(), check_dtype=False)
     assert pd.read_csv(place / "value_search.csv").fact.unique().tolist() == ROUNDS[0].ids

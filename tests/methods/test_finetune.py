@@ -7,15 +7,14 @@ import math
 import pytest
 import torch
 
-from helpers.models import CONTEXTS, FACTS, build
+from helpers.models import CONTEXTS, FACTS, build, varied
 from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing import session_state as session_module
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, SettingError
-from nse_tools.methods import finetune
-from nse_tools.methods.finetune import fine_tune
+from nse_tools.methods import FineTune, RoundInputs, finetune
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps.keys import hidden_states
 from nse_tools.steps.values import compute_values
@@ -29,7 +28,7 @@ ONE, TWO = FactList(list(FACTS)[:3]), FactList(list(FACTS)[3:])
 
 
 def session_of(name: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> EditSession:
-    return EditSession(build(name, dtype=dtype), METHOD.with_(**changes), contexts=CONTEXTS, progress=False)
+    return EditSession(build(name, dtype=dtype), varied(METHOD, **changes), contexts=CONTEXTS, progress=False)
 
 
 def plain_descent(naive: Reference, facts: FactList, method) -> list[list[float]]:
@@ -37,7 +36,7 @@ def plain_descent(naive: Reference, facts: FactList, method) -> list[list[float]
     stored = naive.down(LAYER).weight
     start = stored.detach().clone()
     first, second, course = torch.zeros_like(start), torch.zeros_like(start), []
-    for step in range(method.ft_num_steps + 1):
+    for step in range(method.tuning.ft_num_steps + 1):
         stored.requires_grad_(True)
         losses = []
         for fact in facts:
@@ -46,15 +45,17 @@ def plain_descent(naive: Reference, facts: FactList, method) -> list[list[float]
             losses.append(-sum(logp[i - 1, ids[i]] for i in range(begin, len(ids))) / (len(ids) - begin))
         course.append([float(x.detach()) for x in losses])
         mean = sum(losses) / len(losses)
-        if step == method.ft_num_steps or mean < method.ft_loss_threshold:
+        if step == method.tuning.ft_num_steps or mean < method.tuning.ft_loss_threshold:
             break
-        (gradient,) = torch.autograd.grad(mean + method.ft_weight_decay / 2 * (stored**2).sum(), stored)
+        (gradient,) = torch.autograd.grad(mean + method.tuning.ft_weight_decay / 2 * (stored**2).sum(), stored)
         stored.requires_grad_(False)
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
         move = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-        moved = stored - method.ft_lr * move
-        stored.copy_(torch.maximum(torch.minimum(moved, start + method.ft_norm_constraint), start - method.ft_norm_constraint))
+        moved = stored - method.tuning.ft_lr * move
+        stored.copy_(
+            torch.maximum(torch.minimum(moved, start + method.tuning.ft_norm_constraint), start - method.tuning.ft_norm_constraint)
+        )
     stored.requires_grad_(False)
     return course
 
@@ -169,7 +170,7 @@ def test_an_interrupt_in_the_middle_leaves_the_model_as_it_was(kind: type, monke
         assert torch.equal(model.weight(LAYER), state)
         calls.clear()
         with pytest.raises(kind, match="stop"):  # without a session too
-            fine_tune(model, session.method, ONE, CONTEXTS)
+            session.method.run_round(model, ONE, RoundInputs(CONTEXTS, {}))
     assert torch.equal(model.weight(LAYER), state)
     assert not any(p.requires_grad for p in model.hf.parameters())
     assert len(session) == 1
@@ -235,8 +236,13 @@ def test_settings_that_make_no_sense_are_refused(name: str, value: object) -> No
 )
 def test_presets_have_the_released_settings(make, preset: str, layer: int, bound: float) -> None:
     method = make(preset)
-    assert (method.solver, method.layers, method.ft_norm_constraint) == ("gradient", (layer,), bound)
-    assert (method.ft_lr, method.ft_num_steps, method.ft_weight_decay, method.ft_loss_threshold) == (5e-4, 25, 0, 0.01)
+    assert (type(method), method.layers, method.tuning.ft_norm_constraint) == (FineTune, (layer,), bound)
+    assert (method.tuning.ft_lr, method.tuning.ft_num_steps, method.tuning.ft_weight_decay, method.tuning.ft_loss_threshold) == (
+        5e-4,
+        25,
+        0,
+        0.01,
+    )
 
 
 def test_facts_are_learned_by_the_embedded_model(smollm: EditableModel) -> None:
@@ -247,7 +253,7 @@ def test_facts_are_learned_by_the_embedded_model(smollm: EditableModel) -> None:
         ]
     )
     before = [smollm.next_tokens(f.text, k=1).token[0].strip() for f in facts]
-    values, _ = fine_tune(smollm, methods.ft(ft_lr=5e-4), facts, Contexts(("",)))
+    values = methods.ft(ft_lr=5e-4).run_round(smollm, facts, RoundInputs(Contexts(("",)), {})).values
     assert before != ["Rome", "English"]
     assert [smollm.next_tokens(f.text, k=1).token[0].strip() for f in facts] == ["Rome", "English"]
     assert values.to_frame().probability.min() > 0.5

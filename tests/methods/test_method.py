@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
 from nse_tools import methods
 from nse_tools.errors import SettingError
-from nse_tools.steps.config import Method
+from nse_tools.steps import CompressGrowth, DampTopDirections, KeepLargest
 
 RELEASED = {  # method.md §4
     "gpt2-xl": ((13, 14, 15, 16, 17), 0.5, 20, 10_000, 35, 150, 1.0),
@@ -20,10 +21,24 @@ RELEASED = {  # method.md §4
 @pytest.mark.parametrize("preset", RELEASED)
 def test_presets_have_the_released_settings(preset: str) -> None:
     m = methods.nse(preset)
-    found = (m.layers, m.v_lr, m.v_num_grad_steps, m.mom2_update_weight, m.alpha, m.upper_bound, m.neuron_threshold)
+    found = (
+        m.layers,
+        m.values.v_lr,
+        m.values.v_num_grad_steps,
+        m.solver.mom2_update_weight,
+        m.schedule.alpha,
+        m.schedule.upper_bound,
+        m.neurons.neuron_threshold,
+    )
     assert found == RELEASED[preset]
-    assert (m.clamp_norm_factor, m.v_weight_decay, m.kl_factor, m.passes) == (0.75, 0.5, 0.0625, 2)
-    assert (m.values_under, m.use_history, m.per, m.band_unit, m.v_loss_threshold) == ("original", True, "batch", "absolute", 0.05)
+    assert (m.values.clamp_norm_factor, m.values.v_weight_decay, m.values.kl_factor, m.schedule.passes) == (0.75, 0.5, 0.0625, 2)
+    assert (m.values.values_under, m.solver.use_previous_keys, m.neurons.per, m.schedule.band_unit, m.values.v_loss_threshold) == (
+        "original",
+        True,
+        "batch",
+        "absolute",
+        0.05,
+    )
     assert m.preset == preset
     assert m.name == "nse"
 
@@ -52,11 +67,16 @@ def test_a_preset_like_another_has_its_tables_but_for_settings_of_its_own() -> N
 def test_the_relatives_differ_from_nse_where_they_should() -> None:
     nse, memit, seq = (make("gpt-j-6b") for make in (methods.nse, methods.memit, methods.memit_seq))
     for other, history in ((memit, False), (seq, True)):
-        assert (other.values_under, other.neuron_threshold, other.passes, other.use_history) == ("current", 1.0, 1, history)
-        assert (other.alpha, other.upper_bound) == (0.0, math.inf)
-        assert (other.layers, other.v_lr, other.mom2_update_weight) == (nse.layers, nse.v_lr, nse.mom2_update_weight)
-    assert methods.memit("gpt2-xl").mom2_update_weight == methods.memit_seq("gpt2-xl").mom2_update_weight == 20_000
-    assert methods.memit("gpt2-xl", mom2_update_weight=5.0).mom2_update_weight == 5
+        assert tuple(map(other.setting, ("values_under", "neuron_threshold", "passes", "use_previous_keys"))) == (
+            "current",
+            1.0,
+            1,
+            history,
+        )
+        assert (other.schedule.alpha, other.schedule.upper_bound) == (0.0, math.inf)
+        assert all(other.setting(s) == nse.setting(s) for s in ("layers", "v_lr", "mom2_update_weight"))
+    assert methods.memit("gpt2-xl").setting("mom2_update_weight") == methods.memit_seq("gpt2-xl").setting("mom2_update_weight") == 20_000
+    assert methods.memit("gpt2-xl", mom2_update_weight=5.0).setting("mom2_update_weight") == 5
 
 
 @pytest.mark.parametrize(
@@ -84,23 +104,11 @@ def test_the_relatives_differ_from_nse_where_they_should() -> None:
         ("mom2_update_weight", -1),
         ("max_condition", 0),
         ("per", "layer"),
-        ("selection_rule", "exceed"),
         ("values_under", "old"),
         ("band_unit", "percent"),
-        ("use_history", 1),
-        ("compress", "yes"),
-        ("neuron_score", "norm"),
+        ("use_previous_keys", 1),
         ("spread", "odd"),
-        ("solver", "cholesky"),
-        ("multiplier", "both"),
-        ("nullspace_unit", "share"),
         ("ridge", -1),
-        ("nullspace_threshold", 0),
-        ("top_share", 0),
-        ("top_damping", 1.5),
-        ("keep_share", 0),
-        ("keep_share", 1.1),
-        ("compress_base", 1),
         ("layers", ()),
         ("layers", (3, 2)),
         ("layers", (2, 2)),
@@ -111,38 +119,70 @@ def test_the_relatives_differ_from_nse_where_they_should() -> None:
 )
 def test_values_out_of_range_name_the_setting(setting: str, value: object) -> None:
     with pytest.raises(SettingError, match=rf"{setting}=.*expected"):
-        Method(**{"name": "x", "layers": (1, 2), setting: value})
-    with pytest.raises(SettingError, match=f"{setting}="):
+        methods.nse(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "setting", "value"),
+    [
+        (lambda **s: methods.alphaedit(**s), "nullspace_unit", "share"),
+        (lambda **s: methods.alphaedit(**s), "nullspace_threshold", 0),
+        (DampTopDirections, "top_share", 0),
+        (DampTopDirections, "top_damping", 1.5),
+        (KeepLargest, "keep_share", 0),
+        (KeepLargest, "keep_share", 1.1),
+        (CompressGrowth, "compress_base", 1),
+    ],
+)
+def test_values_of_parts_out_of_range_name_the_setting(make, setting: str, value: object) -> None:
+    with pytest.raises(SettingError, match=rf"{setting}=.*expected"):
+        make(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("neuron_score", "norm"), ("solver", "cholesky"), ("selection_rule", "exceed"), ("post_process", ["both"])]
+)
+def test_a_part_that_does_not_exist_is_named(setting: str, value: object) -> None:
+    with pytest.raises(SettingError, match="There is no (neuron score|solver|selection rule|post process) '"):
         methods.nse(**{setting: value})
 
 
 def test_the_band_must_have_an_inside() -> None:
-    with pytest.raises(SettingError, match="alpha=3.0 must be below upper_bound=2.0"):
-        Method("x", (1,), alpha=3.0, upper_bound=2.0)
+    with pytest.raises(SettingError, match="alpha=3.0: expected a norm below upper_bound=2.0"):
+        methods.nse(None, name="x", layers=(1,), alpha=3.0, upper_bound=2.0)
     with pytest.raises(SettingError, match="alpha"):
-        Method("x", (1,)).with_(alpha=1.0, upper_bound=1.0)
+        methods.nse(None, name="x", layers=(1,)).with_(alpha=1.0, upper_bound=1.0)
 
 
 def test_the_null_space_needs_a_ridge() -> None:
     with pytest.raises(SettingError, match="ridge=0.0.*solver='null_space'"):
-        Method("x", (1,), solver="null_space")
+        methods.nse(None, name="x", layers=(1,), solver="null_space", ridge=0.0)
     with pytest.raises(SettingError, match="ridge"):
         methods.alphaedit(ridge=0)
 
 
-@pytest.mark.parametrize("change", [{"multiplier": "off_top"}, {"keep_share": 0.5}, {"compress": True}, {"neuron_score": "key_by_moment"}])
-@pytest.mark.parametrize("solver", ["rank_one", "gradient"])
-def test_switches_that_a_solver_does_not_know_are_refused(solver: str, change: dict) -> None:
-    with pytest.raises(SettingError, match=f"{next(iter(change))}=.*{solver}"):
-        Method("x", (1,), solver=solver, passes=1, **change)
+@pytest.mark.parametrize("setting", ["post_process", "passes", "spread", "keep_share"])
+@pytest.mark.parametrize("make", [methods.rome, methods.ft])
+def test_settings_that_a_family_does_not_have_are_refused(make, setting: str) -> None:
+    with pytest.raises(SettingError, match=f"There is no setting '{setting}'"):
+        make(**{setting: 1})
+
+
+def test_a_setting_of_another_part_says_whose_it_is() -> None:
+    with pytest.raises(SettingError, match="'keep_share' of 'nse'. It is a setting of 'keep_largest', which this method does not use"):
+        methods.nse(keep_share=0.4)
 
 
 def test_the_edited_layers_are_all_or_the_ends() -> None:
-    assert Method("x", (1, 3, 4)).edited_layers == (1, 3, 4)
-    assert Method("x", (1, 3, 4), spread="ends").edited_layers == (1, 4)
-    assert Method("x", (3,), spread="ends").edited_layers == (3,)
-    assert Method("x", (1, 3, 4), spread="replay").edited_layers == (1, 3, 4)
-    assert [Method("x", layers, spread=s).seeks_first for layers in ((1, 3), (3,)) for s in ("even", "ends", "replay")] == [
+    assert methods.nse(None, name="x", layers=(1, 3, 4)).edited_layers == (1, 3, 4)
+    assert methods.nse(None, name="x", layers=(1, 3, 4), spread="ends").edited_layers == (1, 4)
+    assert methods.nse(None, name="x", layers=(3,), spread="ends").edited_layers == (3,)
+    assert methods.nse(None, name="x", layers=(1, 3, 4), spread="replay").edited_layers == (1, 3, 4)
+    assert [
+        methods.nse(None, name="x", layers=layers, spread=s).needs_first_values
+        for layers in ((1, 3), (3,))
+        for s in ("even", "ends", "replay")
+    ] == [
         *(False, True, True),
         *(False, False, False),
     ]
@@ -152,7 +192,7 @@ def test_the_edited_layers_are_all_or_the_ends() -> None:
     ("wrong", "right"), [("neuron_treshold", "neuron_threshold"), ("learning_rate_v_lr", "v_lr"), ("layer", "layers"), ("pases", "passes")]
 )
 def test_an_unknown_setting_is_answered_with_the_nearest(wrong: str, right: str) -> None:
-    for call in (lambda: methods.nse(**{wrong: 1}), lambda: Method("x", (1,)).with_(**{wrong: 1})):
+    for call in (lambda: methods.nse(**{wrong: 1}), lambda: methods.nse(None, name="x", layers=(1,)).with_(**{wrong: 1})):
         with pytest.raises(SettingError) as seen:
             call()
         assert f"There is no setting {wrong!r}" in str(seen.value)
@@ -171,28 +211,11 @@ def test_a_method_is_frozen_and_goes_through_plain_data() -> None:
     method = methods.nse(layers=[1, 3], neuron_threshold=0.5)
     assert method.layers == (1, 3)
     assert method.last_layer == 3
-    assert Method(**method.to_dict()) == method
-    assert method.with_(passes=3) == Method(**{**method.to_dict(), "passes": 3})
+    assert methods.from_dict(json.loads(json.dumps(method.to_dict()))) == method
+    assert method.with_(passes=3) == methods.nse(layers=[1, 3], neuron_threshold=0.5, passes=3)
     assert len({method, methods.nse(layers=[1, 3], neuron_threshold=0.5)}) == 1
     with pytest.raises(AttributeError):
-        method.passes = 3
+        method.schedule.passes = 3
     frame = method.to_frame().set_index("setting").value
     assert frame["neuron_threshold"] == 0.5
-    assert len(frame) == len(method.to_dict())
-
-
-def test_value_settings_are_what_a_value_depends_on() -> None:
-    base = Method("x", (1, 2))
-    same = [{"neuron_threshold": 0.5}, {"passes": 1}, {"mom2_update_weight": 3.0}, {"layers": (0, 2)}, {"name": "y"}]
-    other = [
-        {"v_lr": 0.1},
-        {"v_num_grad_steps": 3},
-        {"v_loss_threshold": 0.1},
-        {"v_stop_at_argmax": 2},
-        {"v_weight_decay": 0.1},
-        {"kl_factor": 1.0},
-        {"layers": (1, 3)},
-    ]
-    other += [{"clamp_norm_factor": 0.1}]
-    assert all(base.with_(**c).value_settings() == base.value_settings() for c in same)
-    assert all(base.with_(**c).value_settings() != base.value_settings() for c in other)
+    assert frame.to_dict() == method.settings()

@@ -8,24 +8,25 @@ import pytest
 import torch
 
 from helpers.models import CONTEXTS, FACTS, build, moments_for
+from helpers.writing import write_values
+from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, SettingError
-from nse_tools.methods.locate_then_edit import write_values
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 from nse_tools.steps.keys import Keys
 from nse_tools.steps.neurons import select_neurons
-from nse_tools.steps.preserved import PreviousKeys
-from nse_tools.steps.solvers import NullSpace, ProjectedMoments, solve_update
-from nse_tools.steps.values import compute_values, replayed_targets, replayed_values
+from nse_tools.steps.preserved import NullSpace, PreviousKeys, ProjectedMoments
+from nse_tools.steps.solvers import solve_update
+from nse_tools.steps.values import compute_values
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
 from reference import Reference, apart, solved
 
 LAYERS = (0, 1, 2)
-METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0)
+METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0)
 ONE, TWO = FactList(list(FACTS)[:3]), FactList(list(FACTS)[3:])
 SWITCHES = {
     "null_space": {"solver": "null_space", "ridge": 1.5, "nullspace_threshold": 0.9, "passes": 1, "values_under": "current"},
@@ -33,13 +34,13 @@ SWITCHES = {
         **{"solver": "null_space", "ridge": 0.3, "nullspace_threshold": 0.8, "nullspace_unit": "relative"},
         **{"neuron_threshold": 0.7, "per": "fact"},
     },
-    "null_space multiplier": {"multiplier": "null_space", "nullspace_threshold": 0.9},
-    "null_space multiplier, p < 1": {"multiplier": "null_space", "nullspace_threshold": 0.9, "neuron_threshold": 0.8},
-    "off_top": {"multiplier": "off_top", "top_share": 0.4, "top_damping": 0.8},
-    "off_top, p < 1": {"multiplier": "off_top", "neuron_threshold": 0.8},
-    "rect": {"keep_share": 0.4, "passes": 1, "use_history": False},
-    "rect, p < 1": {"keep_share": 0.3, "neuron_threshold": 0.8},
-    "prune": {"compress": True, "compress_base": 3.0, "mom2_update_weight": 0.01},
+    "null_space multiplier": {"post_process": ["project_on_null_space"], "nullspace_threshold": 0.9},
+    "null_space multiplier, p < 1": {"post_process": ["project_on_null_space"], "nullspace_threshold": 0.9, "neuron_threshold": 0.8},
+    "off_top": {"post_process": ["damp_top_directions"], "top_share": 0.4, "top_damping": 0.8},
+    "off_top, p < 1": {"post_process": ["damp_top_directions"], "neuron_threshold": 0.8},
+    "rect": {"post_process": ["keep_largest"], "keep_share": 0.4, "passes": 1, "use_previous_keys": False},
+    "rect, p < 1": {"post_process": ["keep_largest"], "keep_share": 0.3, "neuron_threshold": 0.8},
+    "prune": {"post_process": ["compress_growth"], "compress_base": 3.0, "mom2_update_weight": 0.01},
     "ends": {"spread": "ends"},
     "ends under W_t": {"spread": "ends", "values_under": "current", "passes": 1},
     "replay": {"spread": "replay"},
@@ -48,7 +49,13 @@ SWITCHES = {
     "k²/diag C": {"neuron_score": "key_by_moment", "neuron_threshold": 0.6},
     "|k| by column, per fact": {"neuron_score": "key_by_column", "neuron_threshold": 0.6, "per": "fact"},
     "norm anchor and early stop": {"norm_anchor": True, "v_stop_at_argmax": 1, "values_under": "current"},
-    "several": {"spread": "ends", "multiplier": "off_top", "keep_share": 0.5, "ridge": 1.0, "neuron_score": "key_by_moment"},
+    "several": {
+        "spread": "ends",
+        "post_process": ["damp_top_directions", "keep_largest"],
+        "keep_share": 0.5,
+        "ridge": 1.0,
+        "neuron_score": "key_by_moment",
+    },
 }
 
 
@@ -58,9 +65,9 @@ def model_for(name: str) -> EditableModel:
 
 
 def values_of(model: EditableModel, facts: FactList, method: Method):
-    first = compute_values(model, facts, CONTEXTS, method.with_(layers=method.layers[:1])) if method.seeks_first else None
-    if method.spread == "replay":
-        return replayed_values(model, facts, method, first), first
+    first = compute_values(model, facts, CONTEXTS, method.with_(layers=method.layers[:1])) if method.needs_first_values else None
+    if method.schedule.spread == "replay":
+        return method.replayed_values(model, facts, first), first
     return compute_values(model, facts, CONTEXTS, method), first
 
 
@@ -73,7 +80,7 @@ def small_weights(model: EditableModel) -> None:
 def compare_rounds(name: str, changes: dict) -> list:
     """Write two rounds with the library and with the reference, compare the weights' change; return what was written."""
     model, method = model_for(name), METHOD.with_(**changes)
-    if method.compress:
+    if any(step.name == "compress_growth" for step in method.post_process):
         small_weights(model)
     naive = Reference(model.hf, model.tokenizer)
     moments, history, old, seen = moments_for(model, LAYERS), PreviousKeys(), {}, []
@@ -117,7 +124,7 @@ def test_growth_is_held_back_where_there_is_any_and_nowhere_else() -> None:
     seen = compare_rounds("llama", SWITCHES["prune"])
     assert any(written.after for written in seen)
     assert all(update.right.shape[0] < 32 for written in seen for update in written.after)
-    mild = compare_rounds("llama", {"compress": True, "mom2_update_weight": 1e4})
+    mild = compare_rounds("llama", {"post_process": ["compress_growth"], "mom2_update_weight": 1e4})
     assert not any(written.after for written in mild)
 
 
@@ -125,7 +132,7 @@ def test_growth_is_held_back_where_there_is_any_and_nowhere_else() -> None:
 def test_undo_gives_the_same_bits_back_with_every_switch(switch: str) -> None:
     model = build("llama")
     method = METHOD.with_(**SWITCHES[switch])
-    if method.compress:
+    if any(step.name == "compress_growth" for step in method.post_process):
         small_weights(model)
     session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, LAYERS), progress=False, value_cache=False)
     states = [{layer: model.weight(layer).clone() for layer in LAYERS}]
@@ -140,7 +147,7 @@ def test_undo_gives_the_same_bits_back_with_every_switch(switch: str) -> None:
     assert session.edit(TWO).digest == second.digest
     session.rewind(to=0)
     assert all(torch.equal(model.weight(layer), states[0][layer]) for layer in LAYERS)
-    assert (session.edit(ONE).first_values is not None) == (method.spread != "even")
+    assert (session.edit(ONE).first_values is not None) == (method.schedule.spread != "even")
 
 
 def test_old_keys_enter_the_null_space_in_either_way_alike() -> None:
@@ -149,15 +156,15 @@ def test_old_keys_enter_the_null_space_in_either_way_alike() -> None:
     moments = general.T @ general / 50
     space, history, total = NullSpace(1, moments, 0.8), PreviousKeys(), torch.zeros(20, 20, dtype=torch.float64)
     n_directions = space.basis().shape[1]
-    method = replace(METHOD, solver="null_space", ridge=2.0, nullspace_threshold=0.8)
+    method = METHOD.with_(solver="null_space", ridge=2.0, nullspace_threshold=0.8)
     for n in (2, n_directions, 30):  # fewer, then more old keys than directions of the null space
         old = torch.randn(n, 20, generator=draw)
         history.add({1: Keys(1, tuple(map(str, range(n))), old)})
         total += old.double().T @ old.double()
         keys = Keys(1, ("a", "b"), torch.randn(2, 20, generator=draw))
         residuals = torch.randn(2, 6, generator=draw)
-        update = solve_update(keys, residuals, ProjectedMoments(space, moments, 2.0).with_history(history), select_neurons(keys))
-        expected = solved(method, moments.double(), total, keys.values.double(), residuals, list(range(20)))
+        update = solve_update(keys, residuals, ProjectedMoments(space, moments, 2.0).with_previous_keys(history), select_neurons(keys))
+        expected = solved(method, moments.double(), total, keys.matrix.double(), residuals, list(range(20)))
         assert apart(update.delta(), expected) < 1e-5
         inner = space.basis().T @ total @ space.basis() + 2.0 * torch.eye(n_directions, dtype=torch.float64)
         spectrum = torch.linalg.eigvalsh(inner)
@@ -209,10 +216,10 @@ def test_replayed_targets_do_not_mix_facts_that_begin_alike() -> None:
         + [Fact("c", "Eiffel Tower", "The {} is near", "Berlin")]
     )
     _, first = values_of(model, alike, method)
-    together = replayed_targets(model, alike, method, first)
+    together = method.replayed_targets(model, alike, first)
     for number, fact in enumerate(alike):
         own = replace(first, fact_ids=(fact.id,), z=first.z[number : number + 1])
-        for layer, target in replayed_targets(model, [fact], method, own).items():
+        for layer, target in method.replayed_targets(model, [fact], own).items():
             assert torch.allclose(together[layer][number], target[0], atol=1e-5), (fact.id, layer)
 
 
@@ -247,5 +254,5 @@ def test_the_first_layers_targets_must_be_there_and_of_the_same_facts(spread: st
     values, first = values_of(model, ONE, method)
     other = replace(first, fact_ids=tuple(reversed(first.fact_ids)))
     for wrong in (None, values, other):
-        with pytest.raises(SettingError, match=f"spread='{spread}' needs first_values.*layer 0"):
+        with pytest.raises(SettingError, match=f"first_values: expected .*layer 0 with spread='{spread}'"):
             write_values(model, method, ONE, values, CONTEXTS, moments_for(model, LAYERS), PreviousKeys(), first_values=wrong)

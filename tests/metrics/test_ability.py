@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from helpers.models import CONTEXTS, FACTS, build, moments_for
+from nse_tools import methods
 from nse_tools.data.fact_list import FactList
 from nse_tools.data.loading import load_facts
 from nse_tools.editing.session import EditSession
@@ -26,10 +27,9 @@ from nse_tools.metrics import ability as harness
 from nse_tools.metrics.ability import OWN_TASKS, TASKS, lm_eval_model, run_task, session_ability
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import checksum_of, copy_of, weights_in_place
-from nse_tools.steps.config import Method
 
 LAYERS = (0, 2)
-METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=0.1)
+METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=0.1)
 NAMES = {"nse_choice": "choice", "nse_cloze": "cloze", "nse_grammar": "grammar"}
 
 

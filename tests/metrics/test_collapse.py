@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from helpers.models import CONTEXTS, FACTS, build, build_hf, moments_for, tokenizer
+from nse_tools import methods
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import CollapseError, EditError, SettingError
@@ -20,10 +21,9 @@ from nse_tools.metrics.collapse import CollapseDetector, _measure, repetition
 from nse_tools.metrics.perplexity import passages
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import copy_of, digest_of, weights_in_place
-from nse_tools.steps.config import Method
 
 LAYERS = (0, 2)
-GENTLE = Method("gentle", LAYERS, v_lr=0.1, v_num_grad_steps=3, mom2_update_weight=100.0)
+GENTLE = methods.nse(None, name="gentle", layers=LAYERS, v_lr=0.1, v_num_grad_steps=3, mom2_update_weight=100.0)
 VIOLENT = GENTLE.with_(name="violent", v_lr=50.0, clamp_norm_factor=500.0, mom2_update_weight=1e-6)
 STREAM = FactList(list(FACTS)[:4])
 

@@ -35,7 +35,7 @@ def test_each_fact_alone_takes_the_fewest_neurons_that_reach_p() -> None:
     session = session_of()
     facts = neuron_map(session, 1, by="fact", neuron_threshold=0.5)
     assert facts.labels == tuple(FACTS.ids)
-    for row, key in zip(facts.selected, [k for r in session.rounds for k in r.final_keys[1].values.double().abs()], strict=True):
+    for row, key in zip(facts.selected, [k for r in session.rounds for k in r.final_keys[1].matrix.double().abs()], strict=True):
         order, total, chosen = sorted(range(len(key)), key=lambda i: -float(key[i])), 0.0, []
         for i in order:
             if total >= 0.5 * float(key.sum()):
@@ -67,7 +67,7 @@ def test_a_card_tells_activations_and_the_column_round_by_round(name: str) -> No
     session = session_of(name)
     neuron = int(neuron_usage(session, 2).change.argmax())
     card = neuron_card(session, 2, neuron, k=4)
-    assert card.activations.activation.tolist() == [float(k[neuron]) for r in session.rounds for k in r.final_keys[2].values]
+    assert card.activations.activation.tolist() == [float(k[neuron]) for r in session.rounds for k in r.final_keys[2].matrix]
     assert card.activations.selected.tolist() == [
         any(neuron in p.layers[2].selection.indices and p.statuses[j] == "taken" for p in r.passes)
         for r in session.rounds

@@ -7,12 +7,12 @@ import torch
 
 from helpers.models import CONTEXTS, FACTS, build, moments_for
 from helpers.plain_scores import ARCHITECTURES, PAIRS, one_by_one
+from nse_tools import methods
 from nse_tools.editing.session import EditSession
 from nse_tools.metrics._continuations import score_continuations
 from nse_tools.metrics._prompt_states import PromptStates
 from nse_tools.metrics.forgetting import prompt_states, round_scores
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 
 FIRST = 2
 
@@ -76,7 +76,9 @@ def test_a_model_whose_replay_differs_is_run_as_a_whole(monkeypatch: pytest.Monk
 def test_a_session_scores_earlier_facts_from_its_first_edited_layer() -> None:
     model = build("qwen3")
     layers = (1, 2)
-    method = Method("test", layers, v_num_grad_steps=2, v_lr=0.3, passes=1, mom2_update_weight=1.0, alpha=0.0, upper_bound=1e9)
+    method = methods.nse(
+        None, name="test", layers=layers, v_num_grad_steps=2, v_lr=0.3, passes=1, mom2_update_weight=1.0, alpha=0.0, upper_bound=1e9
+    )
     session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, layers), progress=False)
     for batch in FACTS.rounds(of=2)[:2]:
         session.edit(batch)

@@ -92,12 +92,12 @@ def test_effects_on_keys_are_those_of_the_dense_updates(name: str) -> None:
         weights = [session.weights_at(t)[layer].double() for t in range(4)]
         for s, t in ((1, 2), (1, 3), (2, 3)):
             for j, fact in enumerate(session.facts[s - 1]):
-                key = session.rounds[s - 1].final_keys[layer].values[j].double()
+                key = session.rounds[s - 1].final_keys[layer].matrix[j].double()
                 own, added = ((weights[n] - weights[n - 1]) @ key for n in (s, t))
                 row = table.loc[fact.id, t, layer]
                 assert row.push == pytest.approx(float(added.norm() / own.norm()), rel=1e-3)
                 assert row.along == pytest.approx(float(added @ own / own.norm() ** 2), rel=1e-3, abs=1e-5)
-                others = session.rounds[t - 1].final_keys[layer].values.double()
+                others = session.rounds[t - 1].final_keys[layer].matrix.double()
                 cosines = [float(k @ key / k.norm() / key.norm()) for k in others]
                 assert row.cosine == pytest.approx(max(cosines))
                 assert row.nearest == session.facts[t - 1][int(np.argmax(cosines))].id

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.models import CONTEXTS, build, build_hf, tokenizer
+from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import ModelError, SettingError, StorageError
@@ -17,7 +18,6 @@ from nse_tools.figures.report import session_report
 from nse_tools.metrics.forgetting import matrix_of
 from nse_tools.models import embedded
 from nse_tools.models.loading import load_model
-from nse_tools.steps.config import Method
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.corpus import sample_corpus
 from nse_tools.tracing.moments import second_moments
@@ -86,13 +86,13 @@ def test_an_overflow_in_half_precision_is_told_apart_from_broken_weights() -> No
 @pytest.mark.parametrize("layers", [5, "12", None, (True,), (0, 1.5), (4,), (2, 1), ()])
 def test_wrong_layers_are_named(layers: object) -> None:
     with pytest.raises((SettingError, ModelError), match=r"layers=.*expected|there is no layer 4"):
-        EditSession(build(), Method("x", layers))
+        EditSession(build(), methods.nse(None, name="x", layers=layers))
 
 
 @pytest.mark.parametrize("name", ["", " ", "two\nlines", 5, None, "a\x1b[31m"])
 def test_a_method_has_a_name_that_fits_on_a_line(name: object) -> None:
     with pytest.raises(SettingError, match="name=.*printable"):
-        Method(name, (1,))
+        methods.nse(None, name=name, layers=(1,))
 
 
 @pytest.mark.parametrize("prefixes", ["text", ("", 5), (None,)])
@@ -117,7 +117,7 @@ def test_a_session_edits_where_no_cache_can_be_written(tmp_path: Path, monkeypat
     monkeypatch.setenv("NSE_TOOLS_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr("nse_tools.steps._value_cache.cache_folder", embedded.cache_folder)
     model = build()
-    session = EditSession(model, Method("x", (1,), v_num_grad_steps=2), contexts=CONTEXTS, progress=False)
+    session = EditSession(model, methods.nse(None, name="x", layers=(1,), v_num_grad_steps=2), contexts=CONTEXTS, progress=False)
     assert session.edit(Fact("a", "Rome", "The city of {} is in", "Italy")).number == 1
 
 
@@ -145,7 +145,7 @@ COLUMNS = ["after_round", "edited_in_round", "fact", "value"]
 
 def test_results_cannot_be_written_into_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    session = EditSession(build(), Method("x", (1,)), progress=False)
+    session = EditSession(build(), methods.nse(None, name="x", layers=(1,)), progress=False)
     empty = StreamResult(session, session.to_frame(), matrix_of(pd.DataFrame(columns=COLUMNS), "efficacy"))
     for write in (
         lambda: session_report(session, tmp_path / "file" / "report.html"),

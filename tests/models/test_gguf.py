@@ -9,12 +9,11 @@ import torch
 
 from helpers.gguf import WRITTEN, write
 from helpers.models import CONTEXTS, FACTS, moments_for
-from nse_tools import apply_patch, load_model
+from nse_tools import apply_patch, load_model, methods
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
-from nse_tools.steps.config import Method
 
-METHOD = Method("test", (0, 2), v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0)
+METHOD = methods.nse(None, name="test", layers=(0, 2), v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0)
 
 
 @pytest.mark.parametrize("kind", WRITTEN)

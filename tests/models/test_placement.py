@@ -13,19 +13,19 @@ from torch import nn
 from helpers.kept import load, many_facts, session_of, weights_of
 from helpers.models import CONTEXTS, NAMES, build, build_hf, moments_for, tokenizer
 from helpers.placed import devices, spread
-from nse_tools import load_model
+from nse_tools import load_model, methods
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import ModelError
+from nse_tools.methods.base import Method
 from nse_tools.metrics import perplexity
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.placement import is_offloaded, stored, tensors_of
 from nse_tools.steps._value_cache import ValueCache
-from nse_tools.steps.config import Method
 from nse_tools.steps.values import compute_values
 from nse_tools.tracing.corpus import Corpus
 from nse_tools.tracing.moments import second_moments
 
-METHOD = Method("test", (0, 2), v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
+METHOD = methods.nse(None, name="test", layers=(0, 2), v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
 FACTS = many_facts(4)
 WAYS = ["cpu_offload", "disk_offload", "dispatch", "from_pretrained"]
 
@@ -64,7 +64,7 @@ def session_on(model: EditableModel, method: Method = METHOD, **options: object)
     return EditSession(model, method, **{**given, **options})
 
 
-@pytest.mark.parametrize("replay_mode", WAYS)
+@pytest.mark.parametrize("way", WAYS)
 def test_offloaded_models_are_edited_as_those_in_memory(way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain, model = build(), offloaded(way, tmp_path)
     assert model.device == torch.device("cpu")
@@ -90,7 +90,7 @@ def test_offloaded_models_are_edited_as_those_in_memory(way: str, tmp_path: Path
     assert torch.equal(model.weight(2), model.originals[2])
 
 
-@pytest.mark.parametrize("replay_mode", ["disk_offload", "dispatch"])
+@pytest.mark.parametrize("way", ["disk_offload", "dispatch"])
 def test_gpt2_whose_weights_lie_the_other_way(way: str, tmp_path: Path) -> None:
     plain, model = build("gpt2"), offloaded(way, tmp_path, "gpt2")
     assert model.originals.parameters_digest() == plain.originals.parameters_digest()
@@ -206,7 +206,7 @@ def test_a_model_on_two_devices(name: str, layers: tuple[int, ...]) -> None:
 
 
 def test_fine_tuning_statistics_and_perplexity_on_two_devices(tmp_path: Path) -> None:
-    method = Method("ft", (1,), solver="gradient", passes=1, ft_num_steps=3, ft_lr=1e-2)
+    method = methods.ft(None, layers=(1,), ft_num_steps=3, ft_lr=1e-2)
     text = Corpus(tuple(tuple(range(5 + i, 30 + i)) for i in range(40)), "numbers")
     plain = build()
     expected = session_on(plain, method).edit(FACTS[:2])

@@ -16,15 +16,14 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from helpers.kept import many_facts
 from helpers.models import CONTEXTS, build_hf, moments_for, tokenizer
-from nse_tools import load_model
+from nse_tools import load_model, methods
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import MissingPackageError, ModelError
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.placement import dequantised, is_quantised
-from nse_tools.steps.config import Method
 from nse_tools.steps.values import compute_values
 
-METHOD = Method("test", (0, 2), v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0)
+METHOD = methods.nse(None, name="test", layers=(0, 2), v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0)
 FACTS = many_facts(4)
 
 

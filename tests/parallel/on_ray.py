@@ -15,7 +15,17 @@ from scale import cluster_jobs
 
 from helpers.models import CONTEXTS, FACTS, TEXT, build, moments_for
 from helpers.sessions import METHOD
-from nse_tools import EditSession, Method, compare, compute_values, known_facts, load_corpus, score_facts, second_moments, values_in_batches
+from nse_tools import (
+    EditSession,
+    compare,
+    compute_values,
+    known_facts,
+    load_corpus,
+    methods,
+    score_facts,
+    second_moments,
+    values_in_batches,
+)
 from nse_tools.errors import ClusterError, FactError
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.parallel._local_ray import find_ray
@@ -96,7 +106,7 @@ def test_key_statistics_bit_for_bit(executor: RayExecutor, model: EditableModel,
 def test_cells_of_a_comparison_bit_for_bit(executor: RayExecutor, model: EditableModel, tmp_path: Path) -> None:
     methods = [
         METHOD.with_(name="nse"),
-        METHOD.with_(name="memit", values_under="current", use_history=False, passes=1),
+        METHOD.with_(name="memit", values_under="current", use_previous_keys=False, passes=1),
         METHOD.with_(name="p", neuron_threshold=0.5),
     ]
     options = {"rounds_of": 2, "seeds": (0, 1), "value_cache": False, "progress": False, "test_at": 3}
@@ -222,7 +232,7 @@ def test_errors_are_those_of_a_run_here(executor: RayExecutor, model: EditableMo
 
 def test_the_embedded_model(executor: RayExecutor, smollm: EditableModel) -> None:
     facts = known_facts()[:4]
-    method = Method("short", (4, 5), v_lr=0.5, v_num_grad_steps=4, mom2_update_weight=500.0)
+    method = methods.nse(None, name="short", layers=(4, 5), v_lr=0.5, v_num_grad_steps=4, mom2_update_weight=500.0)
     here = compute_values(smollm, facts, CONTEXTS, method, executor=LOCAL)
     assert same(compute_values(smollm, facts, CONTEXTS, method, executor=executor), here)
     pd.testing.assert_frame_equal(

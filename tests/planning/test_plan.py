@@ -13,21 +13,20 @@ from transformers import LlamaConfig, MixtralConfig
 
 from helpers import planning as wide
 from helpers.models import CONTEXTS, FACTS, build, build_hf, moments_for, tokenizer
+from helpers.writing import write_values
 from nse_tools import methods
 from nse_tools.errors import ModelError, SettingError
-from nse_tools.methods.locate_then_edit import write_values
 from nse_tools.models import kernels
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.planning import operations
 from nse_tools.planning.memory import STEPS, needed
 from nse_tools.planning.plans import plan
 from nse_tools.planning.shape import known_configs
-from nse_tools.steps.config import Method
 from nse_tools.steps.preserved import PreviousKeys
 from nse_tools.steps.values import compute_values
 
 MB = 2**20
-METHOD = Method("test", (0, 1), v_num_grad_steps=3, mom2_update_weight=2.0, v_loss_threshold=0.0)
+METHOD = methods.nse(None, name="test", layers=(0, 1), v_num_grad_steps=3, mom2_update_weight=2.0, v_loss_threshold=0.0)
 FIXED = {"config": LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=12, num_attention_heads=4, vocab_size=500)}
 
 

@@ -30,8 +30,8 @@ def test_it_draws_the_tables(found: Calibration) -> None:
     means = found.rates.groupby(["v_lr", "step"]).probability.mean()
     for rate in found.rates.v_lr.unique():
         assert list(lines[f"v_lr {rate:g}"].y) == pytest.approx(means[rate].tolist())
-    assert lines[f"v_lr {found.method.v_lr:g}"].line.color == MEAN
-    assert f"λ {found.method.mom2_update_weight:g}" in fig.layout.title.text
+    assert lines[f"v_lr {found.method.values.v_lr:g}"].line.color == MEAN
+    assert f"λ {found.method.solver.mom2_update_weight:g}" in fig.layout.title.text
 
 
 def test_names_are_escaped_and_a_missing_trace_is_said(found: Calibration) -> None:

@@ -10,11 +10,10 @@ import plotly.graph_objects as go
 import pytest
 
 from helpers.models import CONTEXTS, build, moments_for
-from nse_tools import plots
+from nse_tools import methods, plots
 from nse_tools.data.fact import Fact
 from nse_tools.editing.session import EditSession
 from nse_tools.metrics.forgetting import ForgettingMatrix
-from nse_tools.steps.config import Method
 
 EVIL = "<b onclick=x>bold</b><script>1</script>"
 
@@ -23,7 +22,7 @@ EVIL = "<b onclick=x>bold</b><script>1</script>"
 def session() -> EditSession:
     model = build("llama", "bos")
     model.name = EVIL
-    method = Method(EVIL, (1, 2), v_num_grad_steps=2, mom2_update_weight=2.0)
+    method = methods.nse(None, name=EVIL, layers=(1, 2), v_num_grad_steps=2, mom2_update_weight=2.0)
     session = EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, (1, 2)), progress=False)
     session.edit(Fact(f"id {EVIL}", "Rome", "The city of {} is in", EVIL, target_true=EVIL, relation=EVIL))
     return session

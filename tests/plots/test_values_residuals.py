@@ -22,7 +22,7 @@ def test_the_parts_add_up_to_the_loss_and_the_clamp_is_the_methods() -> None:
     np.testing.assert_allclose(table.nll + table.kl_part + table.decay, table.loss, rtol=1e-5)
     for j, fact in enumerate(done.values.fact_ids):
         own = table[table.fact == fact]
-        limit = done.method.clamp_norm_factor * float(done.values.h0[j].double().norm())
+        limit = done.method.values.clamp_norm_factor * float(done.values.h0[j].double().norm())
         np.testing.assert_allclose(own.of_clamp, own.norm / limit, rtol=1e-5)
         assert own.of_clamp.max() <= 1 + 1e-5
     assert "of_clamp" not in value_table(done.values)

@@ -24,8 +24,8 @@ def test_keys_and_hidden_states_agree_with_the_reference(name: str, kind: str) -
     for layer in (1, 2, 3):
         expected = torch.stack([naive.key(f, CONTEXTS.prefixes, layer) for f in FACTS])
         assert keys[layer].fact_ids == tuple(FACTS.ids)
-        assert apart(keys[layer].values, expected) < 1e-5
-        assert apart(collect_keys(model, FACTS, CONTEXTS, layer).values, expected) < 1e-5
+        assert apart(keys[layer].matrix, expected) < 1e-5
+        assert apart(collect_keys(model, FACTS, CONTEXTS, layer).matrix, expected) < 1e-5
         hidden = torch.stack([naive.hidden(f, layer) for f in FACTS])
         assert apart(states.hidden(layer), hidden) < 1e-5
         assert apart(hidden_states(model, FACTS, layer), hidden) < 1e-5
@@ -35,35 +35,35 @@ def test_keys_and_hidden_states_agree_with_the_reference(name: str, kind: str) -
 def test_states_moved_on_give_the_same_and_see_changed_weights(name: str) -> None:
     model = build(name)
     start = SubjectStates.record(model, FACTS, CONTEXTS, 0, 3)
-    before = start.keys([3])[3].values
+    before = start.keys([3])[3].matrix
     # not a mere factor: Gemma and OLMo 2 norm what the MLP returns
     model.weight(1).add_(torch.randn(model.weight(1).shape, generator=torch.Generator().manual_seed(0)))
     moved = start.enter(2)
-    assert torch.equal(moved.keys([3])[3].values, start.keys([3])[3].values)
+    assert torch.equal(moved.keys([3])[3].matrix, start.keys([3])[3].matrix)
     assert torch.equal(moved.hidden(3), start.hidden(3))
-    assert apart(moved.keys([3])[3].values, before) > 1e-3
-    assert apart(start.keys([3])[3].values, collect_keys(model, FACTS, CONTEXTS, 3).values) < 1e-5
+    assert apart(moved.keys([3])[3].matrix, before) > 1e-3
+    assert apart(start.keys([3])[3].matrix, collect_keys(model, FACTS, CONTEXTS, 3).matrix) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gptj", "mistral", "gemma2"])
 def test_keys_of_a_batch_are_those_of_facts_one_by_one_in_any_order(name: str) -> None:
     model = build(name)
     batch = collect_keys(model, FACTS, CONTEXTS, 2)
-    alone = torch.cat([collect_keys(model, [f], CONTEXTS, 2).values for f in FACTS])
+    alone = torch.cat([collect_keys(model, [f], CONTEXTS, 2).matrix for f in FACTS])
     back = collect_keys(model, FactList(reversed(list(FACTS))), CONTEXTS, 2)
-    assert apart(batch.values, alone) < 1e-5
-    assert apart(back.values.flip(0), batch.values) < 1e-5
+    assert apart(batch.matrix, alone) < 1e-5
+    assert apart(back.matrix.flip(0), batch.matrix) < 1e-5
     assert back.fact_ids == batch.fact_ids[::-1]
 
 
 def test_group_means_come_first() -> None:
     model = build("llama")
-    bare = collect_keys(model, FACTS, BARE, 2).values
+    bare = collect_keys(model, FACTS, BARE, 2).matrix
     parts = []
     for prefix in CONTEXTS.prefixes[1:]:
-        both = collect_keys(model, FACTS, type(CONTEXTS)(("", prefix)), 2).values
+        both = collect_keys(model, FACTS, type(CONTEXTS)(("", prefix)), 2).matrix
         parts.append(2 * both - bare)
-    assert apart(collect_keys(model, FACTS, CONTEXTS, 2).values, 0.5 * bare + 0.25 * (parts[0] + parts[1])) < 1e-5
+    assert apart(collect_keys(model, FACTS, CONTEXTS, 2).matrix, 0.5 * bare + 0.25 * (parts[0] + parts[1])) < 1e-5
 
 
 def test_many_small_batches_give_the_same_rows_in_the_same_order() -> None:
@@ -89,7 +89,7 @@ def test_taking_some_keys() -> None:
     keys = collect_keys(build("llama"), FACTS, CONTEXTS, 1)
     some = keys.take([3, 0])
     assert some.fact_ids == ("kanji", "middle")
-    assert torch.equal(some.values, keys.values[[3, 0]])
+    assert torch.equal(some.matrix, keys.matrix[[3, 0]])
     frame = keys.to_frame()
-    assert frame.norm[0] == pytest.approx(float(keys.values[0].norm()))
-    assert keys.values[0].abs()[frame.neuron[0]] == pytest.approx(frame.largest[0])
+    assert frame.norm[0] == pytest.approx(float(keys.matrix[0].norm()))
+    assert keys.matrix[0].abs()[frame.neuron[0]] == pytest.approx(frame.largest[0])

@@ -146,5 +146,5 @@ def test_shares_outside_the_range_are_refused(share: float) -> None:
 
 
 def test_no_keys_are_refused() -> None:
-    with pytest.raises(SettingError, match="no keys"):
+    with pytest.raises(SettingError, match="expected those of at least one fact"):
         select_neurons(keys_of(torch.ones(0, 3)), 0.5)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from helpers.kept import METHODS, assert_same, load, many_facts
 from helpers.models import CONTEXTS, build, moments_for
+from helpers.writing import write_values
+from nse_tools import methods
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.editing.timeline import masters_after
@@ -21,10 +23,8 @@ from nse_tools.errors import SettingError
 from nse_tools.io import _manifest as manifest
 from nse_tools.io._rounds import to_json
 from nse_tools.io.saved_session import read_session
-from nse_tools.methods.locate_then_edit import write_values
 from nse_tools.models.files import digest_of_bytes
 from nse_tools.models.weights import bytes_of
-from nse_tools.steps.config import Method
 from nse_tools.steps.keys import collect_keys
 from nse_tools.steps.preserved import PreviousKeys
 from nse_tools.steps.update import Writer
@@ -205,7 +205,7 @@ def test_arrived_is_the_change_of_the_outputs() -> None:
     session = session_of("nearest")
     model, layer = session.model, session.method.layers[0]
     method = session.method.with_(layers=(layer,), passes=1)
-    keys = collect_keys(model, BATCHES[0], CONTEXTS, layer).values.double()
+    keys = collect_keys(model, BATCHES[0], CONTEXTS, layer).matrix.double()
     before = model.weight(layer).double().clone()
     values = compute_values(model, BATCHES[0], CONTEXTS, method)
     done = write_values(model, method, BATCHES[0], values, CONTEXTS, session.moments, PreviousKeys()).passes[0].layers[layer].update
@@ -272,7 +272,7 @@ def test_what_is_lost_is_said(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_settings_and_old_records(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="rounding"):
-        Method("x", (1,), rounding="up")  # type: ignore[arg-type]
+        methods.nse(None, name="x", layers=(1,), rounding="up")  # type: ignore[arg-type]
     assert "rounding master" in repr(METHODS["nse"].with_(rounding="master"))
     session = session_of("stochastic")
     session.edit(BATCHES[0])

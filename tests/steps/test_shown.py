@@ -9,7 +9,6 @@ from nse_tools import methods
 from nse_tools.data.fact import Fact, Question
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
-from nse_tools.steps.config import Method
 from nse_tools.steps.keys import SubjectStates
 from nse_tools.tracing.contexts import Contexts
 
@@ -44,7 +43,7 @@ NAMES = [
 def shown() -> dict[str, object]:
     model = build()
     contexts = Contexts(("", f"So {EVIL}. "))
-    method = Method(f"test {EVIL}", (1, 2), v_num_grad_steps=2, mom2_update_weight=2.0, neuron_threshold=0.9)
+    method = methods.nse(None, name=f"test {EVIL}", layers=(1, 2), v_num_grad_steps=2, mom2_update_weight=2.0, neuron_threshold=0.9)
     session = EditSession(model, method, contexts=contexts, moments=moments_for(model, (1, 2)), progress=False)
     facts = FactList([FACT, PLAIN], "evil")
     done = session.edit(facts)

@@ -12,8 +12,8 @@ from nse_tools.errors import EditError
 from nse_tools.steps import solvers
 from nse_tools.steps.keys import Keys
 from nse_tools.steps.neurons import NeuronSelection, select_neurons
-from nse_tools.steps.preserved import PreviousKeys
-from nse_tools.steps.solvers import PreservedMoments, solve_update
+from nse_tools.steps.preserved import PreservedMoments, PreviousKeys
+from nse_tools.steps.solvers import solve_update
 from reference import apart, update
 
 D_FF, D_MODEL = 24, 10
@@ -30,16 +30,16 @@ def problem(n: int, seed: int, history: bool = True) -> tuple[Keys, torch.Tensor
 
 @given(st.integers(1, 30), st.integers(0, 1000), st.floats(0.1, 1), st.booleans(), st.sampled_from([1, 2, 5]), st.floats(0.1, 1000))
 @settings(max_examples=60, deadline=None)
-def test_the_update_is_the_dense_solution(n, seed, share, with_history, left, weight) -> None:
-    keys, residuals, moments, history = problem(n, seed, with_history)
+def test_the_update_is_the_dense_solution(n, seed, share, with_previous_keys, left, weight) -> None:
+    keys, residuals, moments, history = problem(n, seed, with_previous_keys)
     selection = select_neurons(keys, share)
     found = solve_update(keys, residuals, PreservedMoments(2, moments, weight, history), selection, layers_left=left)
     preserved = weight * moments.double() + (history if history is not None else 0)
-    expected = update(preserved, keys.values.double(), residuals / left, selection.indices.tolist())
+    expected = update(preserved, keys.matrix.double(), residuals / left, selection.indices.tolist())
     assert apart(found.delta(), expected) < 1e-5
     assert found.norm == pytest.approx(float(expected.norm()), rel=1e-5)
     share_of = residuals.double() / left
-    after = share_of - (expected @ keys.values.double()[:, selection.indices].T).T
+    after = share_of - (expected @ keys.matrix.double()[:, selection.indices].T).T
     assert found.residual_before == pytest.approx(share_of.norm(dim=1).tolist(), rel=1e-6)
     assert found.residual_after == pytest.approx(after.norm(dim=1).tolist(), rel=1e-4, abs=1e-6)
 
@@ -48,7 +48,7 @@ def test_keys_are_cut_to_each_facts_own_neurons() -> None:
     keys, residuals, moments, history = problem(3, 5)
     selection = select_neurons(keys, 0.5, per="fact")
     found = solve_update(keys, residuals, PreservedMoments(2, moments, 3.0, history), selection)
-    cut = keys.values.double() * selection.per_fact
+    cut = keys.matrix.double() * selection.per_fact
     expected = update(3.0 * moments.double() + history, cut, residuals, selection.indices.tolist())
     assert apart(found.delta(), expected) < 1e-5
 
@@ -68,9 +68,9 @@ def test_old_keys_enter_as_a_dense_sum_would_whichever_way_is_taken(rounds, seed
             history.add({2: Keys(2, tuple(map(str, range(n))), old)})
             total = total + old.double().T @ old.double()
             selection = select_neurons(keys, share)
-            found = solve_update(keys, residuals, base.with_history(history), selection)
+            found = solve_update(keys, residuals, base.with_previous_keys(history), selection)
             indices = selection.indices
-            assert apart(found.delta(), update(total, keys.values.double(), residuals, indices.tolist())) < 1e-5
+            assert apart(found.delta(), update(total, keys.matrix.double(), residuals, indices.tolist())) < 1e-5
             spectrum = torch.linalg.eigvalsh(total[indices][:, indices])
             assert 0.3 * spectrum[-1] / spectrum[0] < found.condition <= 1.0001 * spectrum[-1] / spectrum[0]
 
@@ -82,8 +82,8 @@ def test_old_keys_make_up_for_what_general_text_lacks() -> None:
     nothing = PreservedMoments(2, torch.zeros(D_FF, D_FF), 1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solvers, "LOW_RANK", 0)
-        found = solve_update(keys, residuals, nothing.with_history(held), select_neurons(keys, 1.0))
-    assert apart(found.delta(), update(held.matrix(2), keys.values.double(), residuals, list(range(D_FF)))) < 1e-5
+        found = solve_update(keys, residuals, nothing.with_previous_keys(held), select_neurons(keys, 1.0))
+    assert apart(found.delta(), update(held.matrix(2), keys.matrix.double(), residuals, list(range(D_FF)))) < 1e-5
 
 
 def test_one_factorisation_serves_equal_selections_and_not_others() -> None:
@@ -91,7 +91,7 @@ def test_one_factorisation_serves_equal_selections_and_not_others() -> None:
     preserved = PreservedMoments(2, moments, 2.0)
     for share in (0.5, 1.0, 0.5, 0.8):
         selection = select_neurons(keys, share)
-        expected = update(2.0 * moments.double(), keys.values.double(), residuals, selection.indices.tolist())
+        expected = update(2.0 * moments.double(), keys.matrix.double(), residuals, selection.indices.tolist())
         assert apart(solve_update(keys, residuals, preserved, selection).delta(), expected) < 1e-5
 
 
@@ -116,8 +116,8 @@ def test_applying_changes_the_selected_columns_only_whichever_way_weights_are_st
     assert not change[:, rest].any()
     assert torch.equal(model.originals[1], before)
     # the key moves by ΔW k, seen through the module itself
-    reply = model.down(1)(keys.values) - (keys.values @ before.T + (model.down(1).bias if model.down(1).bias is not None else 0))
-    assert apart(reply, (found.delta() @ keys.values.double()[:, selection.indices].T).T) < 1e-4
+    reply = model.down(1)(keys.matrix) - (keys.matrix @ before.T + (model.down(1).bias if model.down(1).bias is not None else 0))
+    assert apart(reply, (found.delta() @ keys.matrix.double()[:, selection.indices].T).T) < 1e-4
 
 
 def test_singular_and_badly_conditioned_solves_name_the_layer_and_what_to_do() -> None:
@@ -146,4 +146,4 @@ def test_a_selection_of_one_neuron() -> None:
     keys, residuals, moments, _ = problem(2, 9)
     only = NeuronSelection(2, torch.tensor([4]), torch.ones(D_FF), 0.1, 0.1)
     found = solve_update(keys, residuals, PreservedMoments(2, moments, 1.0), only)
-    assert apart(found.delta(), update(moments.double(), keys.values.double(), residuals, [4])) < 1e-5
+    assert apart(found.delta(), update(moments.double(), keys.matrix.double(), residuals, [4])) < 1e-5

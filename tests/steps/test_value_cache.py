@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers.models import CONTEXTS, FACTS, NAMES, build, moments_for
+from helpers.models import CONTEXTS, FACTS, NAMES, build, moments_for, varied
 from helpers.value_cache import FACT, LAYERS, METHOD, assert_same, cached, calls_counted
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
@@ -19,7 +19,6 @@ from nse_tools.models import embedded
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps import _value_cache as value_cache
 from nse_tools.steps._value_cache import ValueCache
-from nse_tools.steps.config import Method
 from nse_tools.steps.values import compute_values
 from nse_tools.tracing.contexts import BARE, Contexts
 
@@ -137,7 +136,7 @@ OTHER_SETTINGS = {
     "alpha": 0.1,
     "upper_bound": 100.0,
     "band_unit": "relative",
-    "use_history": False,
+    "use_previous_keys": False,
     "mom2_update_weight": 3.0,
     "max_condition": 1e10,
     "max_update_norm": 50.0,
@@ -147,32 +146,19 @@ OTHER_SETTINGS = {
     "spread": "ends",
     "ridge": 0.1,
     "solver": "null_space",
-    "nullspace_threshold": 0.1,
-    "nullspace_unit": "relative",
-    "multiplier": "off_top",
-    "top_share": 0.4,
-    "top_damping": 0.4,
-    "keep_share": 0.4,
-    "compress": True,
-    "compress_base": 1.3,
-    "ft_lr": 0.1,
-    "ft_num_steps": 3,
-    "ft_loss_threshold": 0.1,
-    "ft_weight_decay": 0.1,
-    "ft_norm_constraint": 0.1,
+    "post_process": ["damp_top_directions"],
     "preset": "none such",
     "rounding": "master",
 }
 RELEVANT = {"v_stop_at_argmax", "v_lr", "v_num_grad_steps", "v_loss_threshold", "v_weight_decay", "clamp_norm_factor", "kl_factor"}
 
 
-@pytest.mark.parametrize("setting", [f.name for f in fields(Method)])
+@pytest.mark.parametrize("setting", [name for name in METHOD.settings() if name != "v_replay"])
 def test_settings_of_the_search_count_and_no_others(setting: str, cache: ValueCache) -> None:
     model = build()
     cached(model, cache)
-    needed = {"ridge": 1.0} if setting == "solver" else {}
-    other = METHOD.with_(**{setting: OTHER_SETTINGS[setting]}, **needed)
-    assert getattr(other, setting) != getattr(METHOD, setting)
+    other = METHOD.with_(**{setting: OTHER_SETTINGS[setting]})
+    assert other.setting(setting) != METHOD.setting(setting)
     assert cached(model, cache, method=other) == (setting not in RELEVANT,)
 
 
@@ -180,9 +166,9 @@ def test_the_layer_and_the_way_count(cache: ValueCache) -> None:
     model = build()
     cached(model, cache)
     assert cached(model, cache, method=METHOD.with_(layers=(0, 2))) == (False,)
-    assert cached(model, cache, whole=True) == (False,)
-    assert cached(model, cache, whole=True) == (True,)
-    assert compute_values(model, [FACT], CONTEXTS, METHOD, cache=cache, whole=True).replay_mode == "whole"
+    assert cached(model, cache, v_replay="whole") == (False,)
+    assert cached(model, cache, v_replay="whole") == (True,)
+    assert compute_values(model, [FACT], CONTEXTS, METHOD.with_(v_replay="whole"), cache=cache).replay_mode == "whole"
 
 
 @pytest.mark.parametrize(
@@ -286,7 +272,7 @@ def test_values_of_other_code_or_another_torch_are_not_used(cache: ValueCache, m
 def session_of(cache: ValueCache | bool, **changes) -> EditSession:
     model = build()
     return EditSession(
-        model, METHOD.with_(**changes), contexts=CONTEXTS, moments=moments_for(model, LAYERS), progress=False, value_cache=cache
+        model, varied(METHOD, **changes), contexts=CONTEXTS, moments=moments_for(model, LAYERS), progress=False, value_cache=cache
     )
 
 
@@ -304,7 +290,7 @@ def test_a_second_session_takes_its_values_from_the_first_and_edits_the_same(cac
         assert not any(plain.values.cached)
     assert [s.to_frame().cached.tolist() for s in (first, second)] == [[0, 0], [len(ONE), len(TWO)]]
     # other rounds of the same facts, another order
-    third = session_of(cache, alpha=1e-6, use_history=False).edit(FactList(reversed(list(FACTS))))
+    third = session_of(cache, alpha=1e-6, use_previous_keys=False).edit(FactList(reversed(list(FACTS))))
     assert all(third.values.cached)
 
 

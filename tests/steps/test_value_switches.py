@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from helpers.models import CONTEXTS, FACTS, build
+from nse_tools import methods
 from nse_tools.steps._value_cache import ValueCache
-from nse_tools.steps.config import Method
 from nse_tools.steps.values import compute_values
 from reference import Reference, apart
 
 # the fact whose subject ends its prompt reaches its target under every model; the others do not
-METHOD = Method("test", (0, 1), v_lr=2.0, v_num_grad_steps=12, v_loss_threshold=1e-3, clamp_norm_factor=20.0, v_weight_decay=1e-3)
+METHOD = methods.nse(
+    None, name="test", layers=(0, 1), v_lr=2.0, v_num_grad_steps=12, v_loss_threshold=1e-3, clamp_norm_factor=20.0, v_weight_decay=1e-3
+)
 
 
 @pytest.mark.parametrize("patience", [1, 3])

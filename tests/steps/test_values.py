@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from helpers.models import CONTEXTS, FACTS, NAMES, build, build_hf, tokenizer
+from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.errors import EditError, FactError, ModelError
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps._value_optimizer import _packed_groups, search_rows, tokens_within
-from nse_tools.steps.config import Method
 from nse_tools.steps.values import compute_values
 from nse_tools.tracing._engine.packed_attention import packs_rows
 from nse_tools.tracing._engine.suffix import SuffixBatch
@@ -24,7 +25,9 @@ from reference import Reference, apart
 
 # two layers above L: with a sliding window of 6 tokens δ reaches 10 tokens ahead, all targets; where it reaches none, the gradient
 # is rounding noise that Adam blows up, and nothing can be compared
-METHOD = Method("test", (0, 1), v_lr=0.3, v_num_grad_steps=6, kl_factor=0.5, v_weight_decay=2.0, v_loss_threshold=1e-3)
+METHOD = methods.nse(
+    None, name="test", layers=(0, 1), v_lr=0.3, v_num_grad_steps=6, kl_factor=0.5, v_weight_decay=2.0, v_loss_threshold=1e-3
+)
 
 
 def reference_of(model: EditableModel) -> Reference:
@@ -43,7 +46,7 @@ def check_against_reference(model: EditableModel, method: Method, facts=FACTS, c
         error = apart(found.delta[i], expected["delta"])
         if error >= tolerance:
             # where a gradient is nearly zero, Adam blows up the rounding of any float32 search, the plain one included
-            error *= tolerance / apart(compute_values(model, [fact], contexts, method, whole=True).delta[0], expected["delta"])
+            error *= tolerance / apart(compute_values(model, [fact], contexts, method.with_(v_replay="whole")).delta[0], expected["delta"])
         assert error < tolerance, fact.id
         assert apart(found.z[i], expected["z"]) < max(tolerance, apart(found.delta[i], expected["delta"]))
         seen = torch.tensor(course[["nll", "kl", "decay", "loss"]].to_numpy())
@@ -257,7 +260,7 @@ def test_a_target_of_many_tokens_counts_every_token_alike() -> None:
 
 def test_the_way_of_a_model_that_cannot_be_replayed_from_a_cache_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
-    expected = compute_values(model, FACTS[:2], CONTEXTS, METHOD, whole=True)
+    expected = compute_values(model, FACTS[:2], CONTEXTS, METHOD.with_(v_replay="whole"))
     record = SuffixBatch.record.__func__
 
     def broken(cls, model, prompts, layer, whole=False, packed=False):

@@ -57,7 +57,7 @@ def test_the_old_key_of_a_corrected_fact_leaves_the_old_keys() -> None:
     stream.run()
     assert [r.replaces for r in session] == [(), (Replaced(1, "f0"),), (Replaced(2, "f0"), Replaced(1, "f1"))]
     for layer in METHOD.layers:
-        keys = {(n, f): k.double() for n, r in enumerate(session, 1) for f, k in zip(r.facts.ids, r.final_keys[layer].values, strict=True)}
+        keys = {(n, f): k.double() for n, r in enumerate(session, 1) for f, k in zip(r.facts.ids, r.final_keys[layer].matrix, strict=True)}
         at_the_end = [(2, "f2"), (3, "f0"), (3, "f1")]
         expected = sum(torch.outer(keys[place], keys[place]) for place in at_the_end)
         assert torch.allclose(session.history.matrix(layer), expected, rtol=1e-10, atol=1e-10)

@@ -8,14 +8,14 @@ import pytest
 from tokenizers import normalizers
 
 from helpers.models import CONTEXTS, build, moments_for, tokenizer
+from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 from nse_tools.tracing.prompts import locate_fact
 
-METHOD = Method("test", (1,), v_num_grad_steps=2, mom2_update_weight=2.0)
+METHOD = methods.nse(None, name="test", layers=(1,), v_num_grad_steps=2, mom2_update_weight=2.0)
 
 
 def forgetful(*patterns: str) -> EditableModel:

@@ -6,10 +6,10 @@ import pytest
 
 from helpers.models import build
 from helpers.shown import METHOD, STREAM, bits, same, session_of
+from nse_tools import methods
 from nse_tools.compare.runner import compare
 from nse_tools.errors import EditError, FactError, SettingError
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 from nse_tools.widgets.bench_control import BenchControl
 
 NSE, MEMIT = METHOD.with_(name="nse"), METHOD.with_(name="memit", values_under="current", neuron_threshold=1.0, passes=1)
@@ -107,7 +107,7 @@ def test_choices_that_make_no_sense_are_refused_before_anything_runs(model: Edit
     ):
         with pytest.raises((SettingError, FactError), match=what):
             next(control.steps(chosen, n, of))
-    wrong = Method("wrong", (99,))
+    wrong = methods.nse(None, name="wrong", layers=(99,))
     with pytest.raises(ValueError, match="no layer 99"):
         list(control.steps([wrong], 4, 2))
     with pytest.raises(FactError, match="needs facts"):

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from helpers.models import CONTEXTS, FACTS, NAMES, build, moments_for
+from helpers.writing import write_values
+from nse_tools import methods
 from nse_tools.data.fact_list import FactList
-from nse_tools.methods.locate_then_edit import write_values
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.config import Method
 from nse_tools.steps.keys import Keys
 from nse_tools.steps.preserved import PreviousKeys
 from nse_tools.steps.values import compute_values
 from reference import Reference, apart
 
 LAYERS = (0, 1, 2)
-METHOD = Method("test", LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.8)
+METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.8)
 
 
 def two_rounds(model: EditableModel, method: Method) -> None:
@@ -72,7 +73,7 @@ def test_rounds_of_gemma2_agree_in_float32() -> None:
         {"neuron_threshold": 0.6, "per": "fact"},
         {"passes": 1},
         {"passes": 4},
-        {"use_history": False},
+        {"use_previous_keys": False},
         {"values_under": "current"},
         {"alpha": 0.8, "upper_bound": 1.2, "band_unit": "relative", "passes": 3},
         {"layers": (1,)},
