@@ -21,8 +21,6 @@ from nse_tools import (
     Contexts,
     EditableModel,
     FactList,
-    Method,
-    PreviousKeys,
     TargetValues,
     compute_values,
     known_facts,
@@ -31,9 +29,8 @@ from nse_tools import (
     sample_contexts,
     score_facts,
     second_moments,
-    write_values,
 )
-from nse_tools.methods.locate_then_edit import Stopwatch
+from nse_tools.methods.base import RoundInputs, Stopwatch
 from nse_tools.tracing.moments import SecondMoments
 from plain import plain_round, plain_scores, plain_search
 from value_search import warm_up
@@ -50,7 +47,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def engine_round(
-    model: EditableModel, method: Method, facts: FactList, contexts: Contexts, moments: SecondMoments
+    model: EditableModel, method: methods.LocateThenEdit, facts: FactList, contexts: Contexts, moments: SecondMoments
 ) -> tuple[TargetValues, dict[int, Tensor], dict[str, float]]:
     """Make one round with the engine and put the weights back; return values, ΔW of each layer, seconds of each part."""
     watch = Stopwatch()
@@ -58,7 +55,8 @@ def engine_round(
     with watch.time("values"):
         values = compute_values(model, facts, contexts, method)
     try:
-        written = write_values(model, method, facts, values, contexts, moments, PreviousKeys(), watch=watch)
+        inputs = RoundInputs(contexts, method.prepare(moments), watch=watch)
+        written = method.write_values(model, facts, inputs, values)
     finally:
         for layer, weight in before.items():
             model.weight(layer).copy_(weight)
@@ -75,7 +73,7 @@ def difference(found: Mapping[int, Tensor], expected: Mapping[int, Tensor]) -> f
 
 
 def compare(
-    model: EditableModel, method: Method, facts: FactList, contexts: Contexts, moments: SecondMoments, plain_facts: int
+    model: EditableModel, method: methods.LocateThenEdit, facts: FactList, contexts: Contexts, moments: SecondMoments, plain_facts: int
 ) -> list[dict[str, Any]]:
     """Make one round either way; return one row a part."""
     n, sample = len(facts), facts[:plain_facts]

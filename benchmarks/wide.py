@@ -30,10 +30,8 @@ from nse_tools import (
     compute_values,
     known_facts,
     methods,
-    write_values,
 )
-from nse_tools.methods.locate_then_edit import Stopwatch, preserved_moments
-from nse_tools.steps.solvers import PreservedMoments
+from nse_tools.methods.base import Preparation, RoundInputs, Stopwatch
 from nse_tools.tracing.moments import SecondMoments
 from plain import plain_hidden, plain_keys, plain_solve
 
@@ -94,18 +92,19 @@ def old_keys(n: int, d_ff: int, layers: tuple[int, ...]) -> tuple[Tensor, Previo
 
 def measure(
     model: EditableModel,
-    method: Method,
+    method: methods.LocateThenEdit,
     facts: FactList,
     values: TargetValues,
     moments: SecondMoments,
-    bases: dict[int, PreservedMoments],
+    prepared: dict[int, Preparation],
     n: int,
 ) -> dict[str, Any]:
     """Write the values with n old keys, put the weights back; compare the first layer's solve with the plain one."""
     keys, history = old_keys(n, model.d_ff, method.layers)
     watch, before = Stopwatch(), {layer: model.weight(layer).clone() for layer in method.layers}
     try:
-        written, seconds = timed(write_values, model, method, facts, values, CONTEXTS, moments, history, bases=bases, watch=watch)
+        inputs = RoundInputs(CONTEXTS, prepared, history, watch=watch)
+        written, seconds = timed(method.write_values, model, facts, inputs, values)
     finally:
         for layer, weight in before.items():
             model.weight(layer).copy_(weight)
@@ -147,9 +146,9 @@ def main() -> None:
     rows = []
     for number in range(chosen.repeat):
         values, searching = timed(compute_values, model, facts, CONTEXTS, method)
-        bases = preserved_moments(method, moments)  # kept between rounds, as a session does
+        prepared = method.prepare(moments)  # kept between rounds, as a session does
         for n in chosen.old:
-            rows.append({"run": number, "values_s": searching, **measure(model, method, facts, values, moments, bases, n)})
+            rows.append({"run": number, "values_s": searching, **measure(model, method, facts, values, moments, prepared, n)})
     finish(rows, summary, chosen, f"one pass on a random Llama, d_model {chosen.d_model}, d_ff {chosen.d_ff}, seconds")
 
 

@@ -135,7 +135,7 @@ def broken_off(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 ONE_LAYER = {**SETTINGS, "layers": (1,)}
 OTHERS = [
-    methods.alphaedit(**SETTINGS, nullspace_threshold=1, nullspace_unit="relative"),
+    methods.get("alphaedit", common=SETTINGS, preset=None, layers=SETTINGS["layers"], nullspace_threshold=1, nullspace_unit="relative"),
     methods.rome(**ONE_LAYER),
     methods.ft(**ONE_LAYER),
 ]
