@@ -137,7 +137,7 @@ ONE_LAYER = {**SETTINGS, "layers": (1,)}
 OTHERS = [
     methods.get("alphaedit", common=SETTINGS, preset=None, layers=SETTINGS["layers"], nullspace_threshold=1, nullspace_unit="relative"),
     methods.rome(**ONE_LAYER),
-    methods.ft(**ONE_LAYER),
+    methods.ft(None, layers=(1,)),
 ]
 BROKEN_OFF = [(NSE, 1, True), (NSE, 1, False), (NSE, 3, True), (NSE, 4, False), *((method, 3, True) for method in OTHERS)]
 
