@@ -198,11 +198,17 @@ class LocateThenEdit(Method):
         neurons = "all neurons" if p == 1 else f"p {p:g} per {self.neurons.per}"
         keys = "previous keys kept" if self.solver.use_previous_keys else "no previous keys"
         weight = f", λ {self.solver.mom2_update_weight:g}" if isinstance(self.solver, LeastSquares) else f", solver {self.solver.name}"
-        steps = "".join(f", {step.name}" for step in self.post_process)
+        steps = "".join(f", {step.name}" for step in self.post_process) + self._switches()
         return (
             f"LocateThenEdit({self.name}: layers {self.layers[0]}–{self.layers[-1]}, values under {self.values.values_under} weights, "
             f"{neurons}, {schedule.passes} pass{'es' * (schedule.passes > 1)}, {keys}{weight}{steps})"
         )
+
+    def _switches(self) -> str:
+        """Name the rarer settings that are not as by default."""
+        default = LocateThenEdit(name=self.name, layers=self.layers).settings()
+        names = ("v_stop_at_argmax", "norm_anchor", "neuron_score", "spread", "ridge", "rounding")
+        return "".join(f", {name} {value}" for name in names if (value := self.settings().get(name)) not in (None, default[name]))
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,8 @@ def test_no_statistics_are_computed_and_no_values_taken(monkeypatch: pytest.Monk
     monkeypatch.setattr(session_module, "second_moments", never)
     session = session_of()
     session.edit(ONE)
-    values = compute_values(session.model, ONE, CONTEXTS, METHOD.with_(v_num_grad_steps=1))
-    with pytest.raises(SettingError, match="no values"):
+    values = compute_values(session.model, ONE, CONTEXTS, methods.nse(None, layers=METHOD.layers, v_num_grad_steps=1))
+    with pytest.raises(SettingError, match="expected none, .* fine-tunes"):
         session.edit(ONE, values)
     assert len(session) == 1
 
@@ -211,9 +211,6 @@ def test_a_loss_that_is_not_finite_names_fact_and_step() -> None:
     ("name", "value"),
     [
         ("layers", (1, 2)),
-        ("passes", 2),
-        ("alpha", 1.0),
-        ("neuron_threshold", 0.5),
         ("ft_lr", 0),
         ("ft_norm_constraint", 0),
         ("ft_num_steps", 1.5),

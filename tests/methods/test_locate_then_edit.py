@@ -137,10 +137,10 @@ def test_the_history_is_the_sum_over_rounds_and_can_be_cut() -> None:
     for keys in rounds:
         history.add(keys)
         seen.append(history.matrix(1).clone())
-    expected = sum(torch.outer(k, k) for r in rounds for k in r[1].values.double())
+    expected = sum(torch.outer(k, k) for r in rounds for k in r[1].matrix.double())
     assert apart(history.matrix(1), expected) < 1e-12
     assert torch.equal(history.upto(2).matrix(1), seen[1])
-    assert torch.equal(history.stacked(2), torch.cat([r[2].values for r in rounds]))
+    assert torch.equal(history.stacked(2), torch.cat([r[2].matrix for r in rounds]))
     assert len(history) == 3
     assert len(history.upto(1)) == 1
     again = history.upto(2)

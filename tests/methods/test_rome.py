@@ -11,12 +11,13 @@ from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, SettingError
-from nse_tools.methods import RankOne, RoundInputs, rome
+from nse_tools.methods import RankOne, RoundInputs
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps.keys import Keys
 from nse_tools.steps.neurons import select_neurons
 from nse_tools.steps.preserved import PreservedMoments
 from nse_tools.steps.solvers import rank_one_update
+from nse_tools.steps.update import Writer
 from nse_tools.steps.values import compute_values
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
@@ -146,7 +147,7 @@ def test_undo_gives_the_same_bits_back(name: str) -> None:
 def test_an_interrupt_in_the_middle_of_a_round_leaves_the_weights_as_they_were(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     session = session_of("gpt2")
     session.edit(TWO)
-    state, real, calls = session.model.weight(LAYER).clone(), rome.Writer.write, []
+    state, real, calls = session.model.weight(LAYER).clone(), Writer.write, []
 
     def breaking(writer, update, keys=None):
         real(writer, update, keys)
@@ -157,7 +158,7 @@ def test_an_interrupt_in_the_middle_of_a_round_leaves_the_weights_as_they_were(k
         return update
 
     with monkeypatch.context() as patch:
-        patch.setattr(rome.Writer, "write", breaking)
+        patch.setattr(Writer, "write", breaking)
         with pytest.raises(kind, match="stop"):
             session.edit(ONE)
     assert torch.equal(session.model.weight(LAYER), state)

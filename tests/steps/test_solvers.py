@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers.models import build
 from nse_tools.errors import EditError
-from nse_tools.steps import solvers
+from nse_tools.steps import preserved as preserved_module
 from nse_tools.steps.keys import Keys
 from nse_tools.steps.neurons import NeuronSelection, select_neurons
 from nse_tools.steps.preserved import PreservedMoments, PreviousKeys
@@ -62,7 +62,7 @@ def test_old_keys_enter_as_a_dense_sum_would_whichever_way_is_taken(rounds, seed
     draw = torch.Generator().manual_seed(seed + 1)
     history, base, total = PreviousKeys(), PreservedMoments(2, moments, 2.0), 2.0 * moments.double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solvers, "LOW_RANK", low_rank)  # always by low rank, while fewer than d_ff, never
+        patch.setattr(preserved_module, "LOW_RANK", low_rank)  # always by low rank, while fewer than d_ff, never
         for n in rounds:
             old = torch.randn(n, D_FF, generator=draw)
             history.add({2: Keys(2, tuple(map(str, range(n))), old)})
@@ -81,7 +81,7 @@ def test_old_keys_make_up_for_what_general_text_lacks() -> None:
     held.add({2: Keys(2, tuple(map(str, range(30))), torch.randn(30, D_FF, generator=torch.Generator().manual_seed(0)))})
     nothing = PreservedMoments(2, torch.zeros(D_FF, D_FF), 1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solvers, "LOW_RANK", 0)
+        patch.setattr(preserved_module, "LOW_RANK", 0)
         found = solve_update(keys, residuals, nothing.with_previous_keys(held), select_neurons(keys, 1.0))
     assert apart(found.delta(), update(held.matrix(2), keys.matrix.double(), residuals, list(range(D_FF)))) < 1e-5
 

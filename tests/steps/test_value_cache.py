@@ -166,8 +166,8 @@ def test_the_layer_and_the_way_count(cache: ValueCache) -> None:
     model = build()
     cached(model, cache)
     assert cached(model, cache, method=METHOD.with_(layers=(0, 2))) == (False,)
-    assert cached(model, cache, v_replay="whole") == (False,)
-    assert cached(model, cache, v_replay="whole") == (True,)
+    assert cached(model, cache, method=METHOD.with_(v_replay="whole")) == (False,)
+    assert cached(model, cache, method=METHOD.with_(v_replay="whole")) == (True,)
     assert compute_values(model, [FACT], CONTEXTS, METHOD.with_(v_replay="whole"), cache=cache).replay_mode == "whole"
 
 
@@ -256,14 +256,14 @@ def test_values_under_current_weights_are_of_these_weights_only(name: str, dtype
     assert len(cache) == 3
 
 
-def test_values_of_other_code_or_another_torch_are_not_used(cache: ValueCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_another_format_or_another_torch_are_not_used(cache: ValueCache, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     cached(model, cache)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "1.0")
         assert cached(model, cache) == (False,)
     with monkeypatch.context() as patch:
-        patch.setattr(value_cache, "_code", lambda: "older")
+        patch.setattr(value_cache, "_FORMAT", 1)
         assert cached(model, cache) == (False,)
     assert cached(model, cache) == (True,)
 

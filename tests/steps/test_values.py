@@ -100,7 +100,7 @@ def test_one_step_evaluates_the_loss_and_leaves_delta_zero() -> None:
 def test_only_the_suffix_is_replayed_and_it_gives_what_whole_prompts_give(name: str) -> None:
     # fewer steps: here both sides carry float32 noise
     model, method = build(name), METHOD.with_(v_num_grad_steps=4)
-    suffix, whole = (compute_values(model, FACTS, CONTEXTS, method, whole=way) for way in (False, True))
+    suffix, whole = (compute_values(model, FACTS, CONTEXTS, method.with_(v_replay=mode)) for mode in ("fast", "whole"))
     assert suffix.replay_mode == "suffix"
     assert whole.replay_mode == "whole"
     assert apart(suffix.delta, whole.delta) < 5e-4  # Adam blows rounding up where a gradient is nearly zero
