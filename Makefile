@@ -1,33 +1,35 @@
-# The verbs of this project. Each does its whole set-up itself; run again, it takes seconds to get going.
+# The verbs of this project. Each does its whole set-up itself; run again, it takes seconds to start.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := nse_tools tests benchmarks notebooks docs/site
+SOURCES := nse_tools tests benchmarks notebooks $(wildcard experiments) docs/conf.py
 
-.PHONY: demo test test-long bench figures docs lab lint model clean
+.PHONY: demo check test test-long bench figures docs lab lint model clean
 
-demo: model            ## the main job: 100 edits in 5 rounds; table and figures into runs/demo
+demo: model            ## the main job: 100 edits in 5 rounds; table and figures in runs/demo
 	$(BIN)/nse-tools demo --out runs/demo
 
-test: model            ## every test, notebooks included
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --durations=15
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
+check: lint test       ## what a change has to pass
 
-test-long: model       ## what takes long: more edits, more seeds
+test: model            ## every test, each notebook once; notebooks first, because they take longest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest notebooks tests --nbmake --nbmake-timeout=900 -m "not long" \
+		-n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+test-long: model       ## what takes hours: more edits, seeds, architectures, kills, damaged files
 	$(BIN)/python -m pytest -m long
 
-bench: model           ## every benchmark, engine beside the plain way; csv files into runs/bench
+bench: model           ## every benchmark, engine next to the plain implementation; csv files in runs/bench
 	$(BIN)/python benchmarks/run_all.py
 
-figures: .venv/ready   ## every figure of README and docs anew, from stored results, into docs/images; no model
+figures: .venv/ready   ## every figure of README and docs, from stored results, into docs/images; no model
 	$(BIN)/python -m nse_tools.figures.regenerate
 
-docs: model            ## the documentation as a site in build/site; notebooks are executed if their copies are older than the code
-	$(BIN)/python docs/site/build.py $(if $(QUICK),--quick)
+docs: $(if $(QUICK),.venv/ready,model)  ## the documentation as a site in build/site; QUICK=1 executes no notebook
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs $(if $(QUICK),-D nb_execution_mode=off) . build/site
 
 lab: .venv/ready       ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-lint: .venv/ready      ## style, types, and the floors of the house
+lint: .venv/ready      ## format, style, types, order of packages
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
@@ -42,5 +44,5 @@ model: .venv/ready     ## fetch and convert the embedded model, once
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ui,ability,share,export,cluster,docs,dev]"
 	touch $@
 
-clean:                 ## remove the environment and all runs
-	rm -rf .venv runs
+clean:                 ## remove the environment, the site and all runs
+	rm -rf .venv build runs

@@ -8,10 +8,12 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from nse_tools import __version__
+
 
 def versions(*more: str) -> dict[str, str]:
     """Return the versions of the libraries that results come from, and of further ones."""
-    return {name: version(name) for name in ("nse_tools", "torch", "transformers", "nnsight", *more)}
+    return {"nse_tools": __version__, **{name: version(name) for name in ("torch", "transformers", "nnsight", *more)}}
 
 
 def machine() -> dict[str, str]:

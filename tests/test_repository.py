@@ -41,10 +41,15 @@ def test_conda_environment_installs_the_project_with_its_extras_under_the_same_c
     assert tuple(map(int, python.split("=")[1].split("."))) >= tuple(map(int, PROJECT["requires-python"].strip(">=").split(".")))
 
 
-def test_version_is_said_once_and_the_same() -> None:
+def test_version_is_the_same_in_package_citation_and_changelog() -> None:
     import nse_tools
 
-    assert nse_tools.__version__ == PROJECT["version"]
+    assert PROJECT["dynamic"] == ["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == nse_tools.__version__
+    newest = re.search(r"^## \[?(\d[^]\s]*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest
+    assert newest[1] == nse_tools.__version__
 
 
 def test_the_public_vocabulary_can_be_imported() -> None:

@@ -235,7 +235,7 @@ def _parameter(model: EditableModel, layer: int, rank: int, error: float) -> Sha
 def _check(model: EditableModel, folder: Path, about: SharedEdit, exact: bool) -> LogitCheck | None:
     """Compare the adapter on the unedited model, loaded by PEFT, with the edited model."""
     if find_spec("peft") is None:
-        _log.warning('%s: PEFT is not installed, so the adapter was not tried (pip install "nse_tools[share]")', about.path)
+        _log.warning('%s: PEFT is not installed, so the adapter was not tried (pip install "nse-editing[share]")', about.path)
         return None
     import peft
 

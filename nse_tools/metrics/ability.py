@@ -107,7 +107,7 @@ def check_installed() -> None:
     if find_spec("lm_eval") is None:
         raise MissingPackageError(
             "General ability is measured with EleutherAI's lm-eval, which is not installed. "
-            'Install it with `pip install -c constraints.txt "nse_tools[ability]"`.'
+            'Install it with `pip install -c constraints.txt "nse-editing[ability]"`.'
         )
 
 

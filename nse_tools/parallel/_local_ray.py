@@ -33,7 +33,7 @@ def find_ray() -> Any:
         return importlib.import_module("ray")
     except ImportError as missing:
         raise MissingPackageError(
-            "A cluster needs Ray, which is not installed: pip install 'nse_tools[cluster]'. "
+            "A cluster needs Ray, which is not installed: pip install 'nse-editing[cluster]'. "
             "Without it, leave `executor` out, or use nse.scale.LocalExecutor()."
         ) from missing
 

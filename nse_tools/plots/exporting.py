@@ -106,7 +106,7 @@ def _draw(figures: Mapping[Path, go.Figure], scale: float) -> list[bytes]:
         kaleido = import_module("kaleido")
     except ImportError as missing:
         raise MissingPackageError(
-            "PDF, SVG and PNG are drawn by kaleido, which is not installed: pip install 'nse_tools[export]'. HTML needs nothing."
+            "PDF, SVG and PNG are drawn by kaleido, which is not installed: pip install 'nse-editing[export]'. HTML needs nothing."
         ) from missing
     browser = find_browser()
 

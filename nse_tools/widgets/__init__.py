@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from nse_tools.errors import MissingPackageError
 
 if missing := [name for name in ("ipywidgets", "anywidget") if find_spec(name) is None]:
-    raise MissingPackageError(f"nse_tools.widgets needs {' and '.join(missing)}: pip install 'nse_tools[ui]'.")
+    raise MissingPackageError(f"nse_tools.widgets needs {' and '.join(missing)}: pip install 'nse-editing[ui]'.")
 
 from nse_tools.widgets.bench_control import BenchControl
 from nse_tools.widgets.browse_control import BrowseControl

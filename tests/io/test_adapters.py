@@ -176,7 +176,7 @@ def test_without_peft_it_is_written_and_said(tmp_path: Path, monkeypatch: pytest
     with caplog.at_level(logging.WARNING):
         written = edited().export(tmp_path / "adapter", "lora")
     assert written.check is None
-    assert 'was not tried (pip install "nse_tools[share]")' in caplog.text
+    assert 'was not tried (pip install "nse-editing[share]")' in caplog.text
     assert edited().export(tmp_path / "unchecked", "lora", check=False).check is None
 
 

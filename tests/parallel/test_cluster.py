@@ -57,7 +57,7 @@ def test_on_two_real_workers(tmp_path: Path) -> None:
 
 def test_without_ray_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingPackageError, match=r"nse_tools\[cluster\]"):
+    with pytest.raises(MissingPackageError, match=r"nse-editing\[cluster\]"):
         RayExecutor(2).share(1)
 
 

@@ -134,7 +134,7 @@ def test_a_missing_browser_or_package_is_said_with_the_way_out(fig: go.Figure, t
     with pytest.raises(NSEError, match="apt install chromium"):
         nse.export(fig, tmp_path / "fig.pdf")
     monkeypatch.setitem(sys.modules, "kaleido", None)
-    with pytest.raises(MissingPackageError, match=r"nse_tools\[export\]"):
+    with pytest.raises(MissingPackageError, match=r"nse-editing\[export\]"):
         nse.export(fig, tmp_path / "fig.svg")
     assert not list(tmp_path.iterdir())
 
