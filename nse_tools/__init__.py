@@ -9,7 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from nse_tools._provenance import __version__
+
 _HOME = {
     "Conflicts": "data.conflicts",
     "Fact": "data.fact",

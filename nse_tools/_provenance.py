@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from nse_tools import __version__
+__version__ = "0.2.0"
 
 
 def versions(*more: str) -> dict[str, str]:
