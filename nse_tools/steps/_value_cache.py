@@ -66,7 +66,7 @@ class ValueCache:
     """Target values on disk, shared by all sessions and processes of a user.
 
     A value that was found once is read instead of searched for when the same fact is edited again into the same weights
-    with the same contexts and settings. The folder may be deleted at any time: values are then searched for anew.
+    with the same contexts and settings. The folder may be deleted at any time: values are then optimised again.
 
     Every file carries the full description of what its value belongs to (weights, tokens, settings, versions) and a
     checksum, and both are compared on reading; a file that is damaged, or of something else, is passed over with a warning.
@@ -137,7 +137,7 @@ class ValueCache:
             self._warn("the cache of values in %s cannot be read: %s", self.folder, wrong)
             return None
         except _UNREADABLE as wrong:
-            _log.warning("the cached value in %s is not used (%s); searching for it anew", file, wrong)
+            _log.warning("the cached value in %s is not used (%s); optimising it again", file, wrong)
             return None
         with suppress(OSError):  # a read-only cache has no order of use
             os.utime(file)

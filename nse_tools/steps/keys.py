@@ -89,7 +89,7 @@ class SubjectStates:
         contexts : Contexts
             The contexts that keys are averaged over.
         layer, last_layer : int
-            First and last layer that may be asked for later; the weights below ``layer`` must not change meanwhile.
+            First and last layer that may be read later; the weights below ``layer`` must not change meanwhile.
         """
 
         def states(prefixes: Sequence[str]) -> LastTokenStates:

@@ -22,7 +22,7 @@ _MAX_SHARED_CONDITION = 1e10
 
 
 class KeySource(Protocol):
-    """A round as the history sees it; its keys may have to be read from disk, so they are asked for only where they are needed."""
+    """A round as the source of previous keys."""
 
     @property
     def keys(self) -> Mapping[int, Keys]:
@@ -50,8 +50,8 @@ class _KeysOfRound:
 class PreviousKeys:
     """H^l = Σ k kᵀ over the facts of all earlier rounds, each by its newest key, summed round by round in float64.
 
-    A round that corrects a fact of an earlier one takes that fact's old key out of the sum before its own keys come in. The sum is
-    made in the order of the rounds, so that taking rounds back and adding them again gives the same bits.
+    A round that corrects a fact of an earlier one takes that fact's previous key out of the sum before its own keys come in. The sum is
+    made in the order of the rounds, so that undoing rounds and adding them again gives the same bits.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class PreviousKeys:
 
     @property
     def n_summed(self) -> int:
-        """Number of rounds whose keys are in the sum already and are not asked for again, unless rounds are taken back."""
+        """Number of rounds whose keys are in the sum already and are not read again, unless rounds are undone."""
         return self._summed[0]
 
     def matrix(self, layer: int) -> Tensor | None:
@@ -238,7 +238,7 @@ class PreservedMoments:
                     f"pivot {int(info)}). Use key statistics of more tokens than neurons, or a smaller neuron_threshold."
                 )
             condition = _condition(lambda v: lower @ (lower.mT @ v), lambda v: solve_factored(lower, v), len(lower))
-            # neighbouring passes mostly select the same neurons; older factors are not asked for again
+            # neighbouring passes mostly select the same neurons; older factors are not needed again
             self._factors = {key: (lower, condition)}
         return self._factors[key]
 
@@ -345,7 +345,7 @@ class NullSpace:
                     f"Layer {self.layer}: C has no eigenvalue below {limit:.3g} (the smallest is {float(values[0]):.3g}), so its null "
                     "space is empty. Raise nullspace_threshold, or give it in units of the mean eigenvalue: nullspace_unit='relative'."
                 )
-            # neighbouring passes mostly select the same neurons; older bases are not asked for again
+            # neighbouring passes mostly select the same neurons; older bases are not needed again
             self._bases = {key: vectors[:, :count].contiguous()}
         return self._bases[key]
 

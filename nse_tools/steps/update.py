@@ -141,7 +141,7 @@ class LayerUpdate:
         return product if self.kept is None else product * self.kept
 
     def changed(self, keys: Keys, *, right: Tensor | None = None, kept: Tensor | None = None) -> LayerUpdate:
-        """Return the update with another right factor, or some entries only; its norm and what it leaves are counted anew.
+        """Return the update with another right factor, or some entries only; its norm and remaining residuals are computed again.
 
         Parameters
         ----------

@@ -40,17 +40,17 @@ class TargetValues:
     z, delta, h0 : Tensor
         (n_facts, d_model) float32 on CPU, in units of the model's hidden states; z = h₀ + δ.
     trace : DataFrame
-        One row a fact and step: ``nll``, ``kl``, ``decay``, ``loss``, ``probability`` of the target (geometric mean over
+        One row per fact and step: ``nll``, ``kl``, ``decay``, ``loss``, ``probability`` of the target (geometric mean over
         its tokens, mean over contexts), ``norm`` of δ.
     stop : tuple of str
         Why each search ended: ``"loss"`` below the threshold, the target the ``"argmax"`` for long enough, or all ``"steps"`` used.
     replay_mode : str
         ``"suffix"``: only the tokens from the subject on were replayed; ``"whole"``: whole prompts; ``"mixed"``: some facts
-        one way (taken from a cache), some the other; ``"gradient"``: nothing was sought, z are the states that fine-tuning reached.
+        one way (taken from a cache), some the other; ``"gradient"``: nothing was optimised, z are the states that fine-tuning reached.
     prepended : tuple of bool
-        Whether a neutral lead was put before a fact's prompt, because its subject would have been the first token.
+        Whether a neutral text was prepended to a fact's prompt, because its subject would have been the first token.
     cached : tuple of bool
-        Whether a fact's value was taken from a cache instead of searched for; all False by default.
+        Whether a fact's value was taken from a cache instead of optimised; all False by default.
     """
 
     fact_ids: tuple[str, ...]
@@ -76,7 +76,7 @@ class TargetValues:
         return replace(joined, z=torch.cat([p.z for p in parts]))  # anchored values are not h₀ + δ to the last bit
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a fact: norms, first and last loss and probability, steps, stop reason, whether it was cached."""
+        """Return one row per fact: norms, first and last loss and probability, steps, stop reason, whether it was cached."""
         by_fact = self.trace.groupby("fact", sort=False)
         return pd.DataFrame(
             {
@@ -182,13 +182,13 @@ def compute_values(
     facts : sequence of Fact
         The facts.
     contexts : Contexts
-        The contexts the target is sought in.
+        The contexts in which the target is made likely.
     method : Method
         Its last layer and :class:`ValueConfig`.
     progress : bool
         Show a progress bar.
     cache : ValueCache, optional
-        Values found before are taken from it, and those found now put into it; none by default. Where every fact is held,
+        Values computed before are taken from it, and new ones put into it; none by default. Where every fact is in it,
         the model does not run.
     executor : Executor, optional
         Where batches of facts are searched for, e.g. a cluster (:class:`nse_tools.scale.RayExecutor`); here, all facts in one
@@ -324,7 +324,7 @@ def _by_batch(
 def _check_unedited(model: EditableModel, method: OptimisesValues, common: Mapping[str, Any] | None) -> None:
     """Refuse to keep values of the present weights under the name of those that the call began with."""
     if common is not None and method.values.values_under != "original" and checksum_of(model) != common["now"]:
-        raise StateError("The model was edited while values under its present weights were sought. Take all batches first, then edit.")
+        raise StateError("The model was edited while values under its current weights were optimised. Take all batches first, then edit.")
 
 
 def _tasks(parts: Iterable[_Part], shared: Any, sent: deque[_Part]) -> Iterator[tuple[Any, list[Fact]]]:
@@ -342,7 +342,7 @@ def _search_job(model: EditableModel, shared: tuple[Contexts, OptimisesValues], 
 
 
 def weights_of_values(model: EditableModel, method: OptimisesValues) -> AbstractContextManager[None]:
-    """Run the model under the weights that the method seeks values under."""
+    """Run the model under the weights that the method optimises values under."""
     return model.original_weights() if method.values.values_under == "original" else nullcontext()
 
 
@@ -425,6 +425,6 @@ def _search(
 
 
 def _rows_of(rows: Sequence[SearchRow], facts: Sequence[int]) -> list[SearchRow]:
-    """Return the rows of some facts, which are numbered anew."""
+    """Return the rows of some facts, numbered from 0."""
     number = {fact: i for i, fact in enumerate(facts)}
     return [replace(row, fact=number[row.fact]) for row in rows if row.fact in number]
