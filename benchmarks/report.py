@@ -19,7 +19,7 @@ import pandas as pd
 
 from _machine import MACHINE
 
-NAMES = ("value_search", "round", "scoring", "moments", "wide", "rate", "memory", "rounds_flat", "stream", "cost_model")
+NAMES = ("value_search", "round", "scoring", "moments", "wide", "memory", "rounds_flat", "stream")
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -22,10 +22,8 @@ RUNS: dict[str, tuple[str, str]] = {
     "scoring": ("--facts 20 --repeat 2", "--facts 2 --repeat 1"),
     "moments": ("--tokens 8000", "--tokens 300"),
     "wide": ("--d-ff 8192 --old 0 100 1000", "--d-model 128 --d-ff 512 --facts 3 --old 0 20"),
-    "rate": ("--facts 1 16 --repeat 3", "--facts 1 --size 256 --repeat 1"),
     "memory": ("--facts 20 100 --searches 200 --every 20", "--facts 2 --searches 4 --every 1 --steps 2"),
     "rounds_flat": ("--rounds 20 --of 5", "--rounds 3 --of 1"),
-    "cost_model": ("--facts 20", "--facts 2"),
     "stream": ("--edits 10000 --of 20", "--edits 24 --of 4 --every 8"),
 }
 """Benchmark → its arguments, and those of a quick run."""

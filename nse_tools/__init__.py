@@ -94,10 +94,7 @@ _HOME = {
     "score_facts": "metrics.scores",
     "update_spectra": "metrics.update_spectra",
     "weight_growth": "metrics.drift",
-    "ModelCheck": "planning.check",
-    "Plan": "planning.plans",
-    "check_model": "planning.check",
-    "plan": "planning.plans",
+    "check_model": "editing.check_model",
     "LongSequence": "figures.long_sequence",
     "Report": "figures.report",
     "SavedSession": "io.saved_session",
@@ -133,7 +130,6 @@ _NAMESPACES = {
     "metrics",
     "models",
     "parallel",
-    "planning",
     "plots",
     "steps",
     "streams",
@@ -150,7 +146,6 @@ if TYPE_CHECKING:
     from nse_tools.io import *  # noqa: F403
     from nse_tools.metrics import *  # noqa: F403
     from nse_tools.models import *  # noqa: F403
-    from nse_tools.planning import *  # noqa: F403
     from nse_tools.steps import *  # noqa: F403
     from nse_tools.streams import *  # noqa: F403
     from nse_tools.tracing import *  # noqa: F403

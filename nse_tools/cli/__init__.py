@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from nse_tools.cli import figures, planning, sharing, streaming
+from nse_tools.cli import figures, sharing, streaming
 from nse_tools.cli.shell import (
     Facts,
     Model,
@@ -25,6 +25,7 @@ from nse_tools.cli.shell import (
     console,
     errors_in_one_line,
     numbers_of,
+    print_table,
     settings_of,
     some_of,
 )
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="See and steer what a language model knows.", no_args_is_help=True, add_completion=False)
 app.add_typer(sharing.commands)
 app.add_typer(figures.commands, name="figures")
-app.add_typer(planning.commands)
 app.command()(streaming.stream)
 _SHOWN = {
     "round": "round",
@@ -213,3 +213,16 @@ def _cell(column: str, value: float) -> str:
     if value != value:
         return "–"
     return f"{value:.0f}" if column in ("round", "facts") else f"{value:.1f}"
+
+
+@app.command()
+def check(model: Annotated[str, typer.Argument(help="A hub id, a folder or a .gguf file.")]) -> None:
+    """Say what works on a model and what would go wrong; exit code 1 where there is a problem."""
+    from nse_tools.editing import check_model
+
+    with errors_in_one_line():
+        found = check_model(model)
+    console.print(escape(repr(found)))
+    print_table(found.to_frame())
+    if not found.ok:
+        raise typer.Exit(1)

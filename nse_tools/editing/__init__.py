@@ -2,6 +2,7 @@
 
 from nse_tools.editing.calibration import Calibration, calibrate
 from nse_tools.editing.changes import ParameterChanges
+from nse_tools.editing.check_model import MemoryEstimate, ModelCheck, check_model, estimate_memory
 from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.ordering import order_facts, packed_order, spread_order
 from nse_tools.editing.preview import EditPreview
@@ -11,6 +12,10 @@ from nse_tools.editing.verification import Verification
 __all__ = [
     "Calibration",
     "EditPreview",
+    "MemoryEstimate",
+    "ModelCheck",
+    "check_model",
+    "estimate_memory",
     "EditRound",
     "EditSession",
     "ParameterChanges",

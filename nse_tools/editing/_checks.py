@@ -1,4 +1,4 @@
-"""The single checks of :func:`nse_tools.planning.check_model`: each looks at one thing and says verdict, what was seen, what to do."""
+"""The single checks of :func:`nse_tools.check_model`: each returns verdict, what was seen and what to do."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def first_token(model: EditableModel) -> Finding:
 
 
 def padding(model: EditableModel) -> Finding:
-    """Whether a row has the same state beside a longer one as alone."""
+    """Whether a row has the same state in a batch with a longer one as alone."""
     rows = [locate(model, prompt, subject).upto_subject for prompt, subject in PROBES]
     layer = model.n_layers - 1
     together = LastTokenStates.record(model, rows, layer, layer).hidden(layer).float()
@@ -158,7 +158,7 @@ def numbers(model: EditableModel) -> Finding:
         return (
             "warning",
             seen,
-            "Updates are rounded to it, small ones partly lost; load with dtype=torch.float32 where that fits (nse.plan).",
+            "Updates are rounded to it, small ones partly lost; load with dtype=torch.float32 where that fits (estimate_memory).",
         )
     return "ok", f"{seen}; sums and solves in float64; a forward repeats bit for bit", ""
 

@@ -7,9 +7,9 @@ import torch
 
 from helpers.models import NAMES, build, build_hf, tokenizer
 from helpers.sessions import same, weights
+from nse_tools.editing._checks import trial_layers
+from nse_tools.editing.check_model import ModelCheck, check_model
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.planning.check import ModelCheck, check_model
-from nse_tools.planning.checks import trial_layers
 
 NORM_BEHIND = {"gemma2", "gemma3", "olmo2"}
 WINDOWED = {"mistral", "gemma2", "gemma3"}
@@ -47,7 +47,7 @@ def test_precision_offloading_and_shared_weights_are_seen() -> None:
     found = check_model(away)
     assert found["place of the weights"].seen == "all on cpu"
     place.weight = torch.nn.Parameter(place.weight.to("meta"), requires_grad=False)
-    from nse_tools.planning.checks import place_of_weights
+    from nse_tools.editing._checks import place_of_weights
 
     assert place_of_weights(away)[0] == "warning"
     away.down(trial_layers(away)[-1]).weight = torch.nn.Parameter(torch.empty(32, 40, device="meta"), requires_grad=False)
@@ -72,7 +72,7 @@ def test_a_projection_that_does_more_than_its_weight_is_noticed() -> None:
 
 
 def test_a_model_that_ignores_padding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nse_tools.planning import checks
+    from nse_tools.editing import _checks as checks
 
     real = checks.LastTokenStates.record
 
