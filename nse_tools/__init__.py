@@ -44,9 +44,9 @@ _HOME = {
     "PreservedMoments": "steps.preserved",
     "Replaced": "steps.records",
     "TargetValues": "steps.values",
-    "ParameterChanges": "editing.changes",
+    "ParameterChanges": "editing.weight_history",
     "ValueCache": "steps._value_cache",
-    "Verification": "editing.verification",
+    "Verification": "editing.weight_history",
     "calibrate": "editing.calibration",
     "collect_keys": "steps.keys",
     "compute_values": "steps.values",
@@ -100,9 +100,6 @@ _HOME = {
     "SavedSession": "io.saved_session",
     "holds_session": "io.saved_session",
     "read_session": "io.saved_session",
-    "EditQueue": "streams.sources",
-    "EditStream": "streams.edit_stream",
-    "JsonLines": "streams.sources",
     "SharedEdit": "io._patch_manifest",
     "apply_patch": "io.patch",
     "inspect_patch": "io.patch",
@@ -132,7 +129,6 @@ _NAMESPACES = {
     "parallel",
     "plots",
     "steps",
-    "streams",
     "tracing",
     "widgets",
 }
@@ -147,7 +143,6 @@ if TYPE_CHECKING:
     from nse_tools.metrics import *  # noqa: F403
     from nse_tools.models import *  # noqa: F403
     from nse_tools.steps import *  # noqa: F403
-    from nse_tools.streams import *  # noqa: F403
     from nse_tools.tracing import *  # noqa: F403
 
 

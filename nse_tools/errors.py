@@ -48,10 +48,6 @@ class CollapseError(EditError):
         self.signs, self.taken = signs, taken
 
 
-class BusyError(NSEError, RuntimeError):
-    """A queue that is full: the edit was not taken; says how to hand it over all the same."""
-
-
 class MissingPackageError(NSEError, ImportError):
     """An optional package that is not installed; says how to install it."""
 

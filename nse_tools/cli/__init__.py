@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from nse_tools.cli import figures, sharing, streaming
+from nse_tools.cli import figures, sharing
 from nse_tools.cli.shell import (
     Facts,
     Model,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="See and steer what a language model knows.", no_args_is_help=True, add_completion=False)
 app.add_typer(sharing.commands)
 app.add_typer(figures.commands, name="figures")
-app.command()(streaming.stream)
 _SHOWN = {
     "round": "round",
     "facts": "facts",

@@ -26,7 +26,8 @@ from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, SettingError, StateError
 from nse_tools.methods.base import Method
-from nse_tools.metrics.forgetting import round_perplexity, round_scores
+from nse_tools.metrics._cache import MetricCache
+from nse_tools.metrics.forgetting import PROMPT_STATES, round_perplexity, round_scores
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.files import digest_of_bytes
 from nse_tools.models.weights import bytes_of, changed_layers, checksum_of, digest_of
@@ -72,7 +73,7 @@ class ComparisonRun:
     progress: bool
     executor: Executor | None = None
     state: str = field(init=False)
-    unedited: dict[Any, Any] = field(default_factory=dict, init=False)
+    unedited: MetricCache = field(default_factory=MetricCache, init=False)
     """Scores of the unedited model, and prompts as they enter the first edited layer: found once, for all methods."""
     _inputs: _Inputs | None = field(default=None, init=False)
 
@@ -119,7 +120,7 @@ class ComparisonRun:
             with store.beginning(seed) if store else nullcontext():
                 self._inputs = self._found_inputs(seed, store)
             if self.shuffle:  # other batches round in other ways: the same numbers whether or not cells were left out
-                self.unedited.clear()
+                self.unedited = MetricCache()
         return self._inputs
 
     def _found_inputs(self, seed: int, store: ComparisonFolder | None) -> _Inputs:
@@ -233,7 +234,7 @@ class ComparisonRun:
             progress=self.progress,
             value_cache=self.value_cache,
         )
-        session.memo |= self.unedited
+        session.metric_cache.update(self.unedited)
         tested, stopped = self._rounds(session, dict(enumerate(inputs.facts.rounds(self.rounds_of), start=1)), bar, begun)
         rounds = _rounds_table(session, {number: round_perplexity(session, number) for number in tested})
         self._remember(session)
@@ -289,10 +290,8 @@ class ComparisonRun:
 
     def _remember(self, session: EditSession) -> None:
         """Keep what is true of the unedited model for the next method; prompts up to another layer would only take memory."""
-        first = min(session.method.layers)
-        kept = {key for key in session.memo if key[0] == 0 and (key[1] != "prompt states" or key[2] == first)}
-        self.unedited.clear()
-        self.unedited |= {key: session.memo[key] for key in kept}
+        self.unedited = session.metric_cache.upto(0)
+        self.unedited.discard(PROMPT_STATES, keep=min(session.method.layers))
 
 
 def _cell_job(model: EditableModel, shared: tuple[dict[str, Any], _Inputs], method: Method) -> Cell:

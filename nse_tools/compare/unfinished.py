@@ -163,7 +163,7 @@ class UnfinishedCell:
         return self._session
 
     def _stop_keeping(self) -> None:
-        if self._session is not None:
+        if self._session is not None and self._session.autosave is not None:
             self._session.autosave.close()
 
     def _delete(self) -> None:

@@ -26,7 +26,7 @@ NEGLIGIBLE = 0.01
 """Share of ΔW whose loss in rounding is not mentioned."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EditRound:
     """The record of one round of edits; it shows itself in a notebook.
 
@@ -56,7 +56,7 @@ class EditRound:
         The values at the first layer, where that has targets of its own.
     approximate : str
         Why the updates may do less, or something else, here than where they were solved for: an earlier round was dropped from
-        below them, or they were taken over from a branch. Empty for a round that was made in its place.
+        below them. Empty for a round that was made in its place.
     replaces : tuple of Replaced
         Facts of earlier rounds that facts of this one correct: their old keys have left the history, and measures ask the newest only.
     """

@@ -1,25 +1,20 @@
-"""What an edit would do, found by making it on a copy of the session and putting every weight back."""
+"""Show what an edit would do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from nse_tools._repr import table_html
-from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.edit_round import EditRound
-from nse_tools.editing.turns import Turn
-from nse_tools.models.weights import copy_of, weights_in_place
 from nse_tools.steps.neurons import NeuronSelection
 from nse_tools.steps.values import TargetValues
 
 if TYPE_CHECKING:
-    from nse_tools.editing.session import EditSession
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -41,12 +36,12 @@ class EditPreview:
 
     @property
     def values(self) -> TargetValues:
-        """Their target values; ``session.edit(facts, values=preview.values)`` does not search for them again."""
+        """Their target values; ``session.edit(facts, values=preview.values)`` does not optimise them again."""
         return self.round.values
 
     @property
     def residuals_now(self) -> tuple[float, ...]:
-        """‖z − h^L‖ of each fact under the weights of the moment."""
+        """‖z − h^L‖ of each fact under the current weights."""
         first = self.round.residuals().query("step == 0")
         return tuple(first.residual.tolist())
 
@@ -65,11 +60,11 @@ class EditPreview:
         return self.round.selection(layer, number)
 
     def selections(self) -> pd.DataFrame:
-        """Return one row a pass and layer: facts taken, neurons, share, ‖ΔW‖, … (:meth:`EditRound.to_frame`)."""
+        """Return one row per pass and layer: facts taken, neurons, share, ‖ΔW‖, … (:meth:`EditRound.to_frame`)."""
         return self.round.to_frame()
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a fact: its search for a value, and its residual now and as expected after the edit."""
+        """Return one row per fact: how its value was optimised, its residual now and as expected after the edit."""
         table = self.values.to_frame()
         table["residual_now"], table["residual_expected"] = self.residuals_now, self.residuals_expected
         table["not_edited"] = [self.skipped.get(fact, "") for fact in table.fact]
@@ -86,43 +81,6 @@ class EditPreview:
     def _repr_html_(self) -> str:
         return table_html(self.to_frame(), head=self)
 
-    def plot(self, **options: Any) -> Any:
+    def plot(self, **options: Any) -> go.Figure:
         """Draw the residuals per layer and pass (:meth:`EditRound.plot`)."""
         return self.round.plot(**options)
-
-
-def preview_edit(session: EditSession, facts: Fact | Sequence[Fact], values: TargetValues | None = None) -> EditPreview:
-    """Find out what ``session.edit(facts, values)`` would do, and leave weights and session as they are, bit for bit.
-
-    The round is made in full on a copy of the session, and every weight put back, also if a step fails or is interrupted;
-    the edit made afterwards gives the same numbers. What the session samples at its first edit, contexts and key
-    statistics, is sampled for good; values that were searched for go into its cache.
-
-    Parameters
-    ----------
-    session : EditSession
-        The session.
-    facts : Fact or sequence of Fact
-        The facts of the round.
-    values : TargetValues, optional
-        Their target values, where they are known already.
-
-    Returns
-    -------
-    EditPreview
-        Values, neurons, residuals now and as expected after the edit.
-
-    Raises
-    ------
-    FactError, StateError, EditError
-        As :meth:`EditSession.edit` would.
-    """
-    model = session.model
-    session._turn.check(session)
-    if session.method.needs_moments:
-        _ = session.moments  # else the copy alone would have them
-    _ = session.contexts
-    trial = copy(session)
-    trial.memo, trial.autosave, trial._turn = {}, None, Turn(trial)
-    with model.lock, weights_in_place(model, {layer: copy_of(model.weight(layer)) for layer in session.method.layers}):
-        return EditPreview(trial.edit(facts, values))

@@ -130,7 +130,6 @@ def _model(session: EditSession) -> dict[str, Any]:
         "dtype of edited weights": model.dtype,
         "device": model.device,
         "edited parameters": ", ".join(model.weight_name(layer) for layer in session.method.edited_layers),
-        "session": session.name,
     }
 
 
@@ -156,7 +155,7 @@ def _weights(session: EditSession) -> str:
     verdict = f"<p{'' if found.ok else ' class=bad'}>{html.escape(repr(found))}</p>"
     if found.wrong_rounds:  # then there is no state to compare with
         return verdict + _table(found.to_frame())
-    return verdict + _table(found.to_frame()) + "<p>Changed since the unedited model:</p>" + _table(session.diff().to_frame())
+    return verdict + _table(found.to_frame()) + "<p>Changed since the unedited model:</p>" + _table(session.changed_parameters().to_frame())
 
 
 def _measured(session: EditSession) -> dict[str, str]:

@@ -26,7 +26,6 @@ from filelock import FileLock, Timeout
 from nse_tools._provenance import machine, versions
 from nse_tools._repr import table_html
 from nse_tools.editing.edit_round import EditRound
-from nse_tools.editing.round_list import HeldRound, Rounds
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StorageError
 from nse_tools.io._identity import ModelIdentity, MomentsIdentity
@@ -48,14 +47,14 @@ class SavedSession:
     ----------
     about : Manifest
         What it is.
-    rounds : Rounds
+    rounds : tuple of EditRound
         Its rounds, oldest first.
     lost : str, optional
         What had to be left out at the end, and why.
     """
 
     about: Manifest = field(repr=False)
-    rounds: Rounds
+    rounds: tuple[EditRound, ...]
     lost: str | None = None
 
     def to_frame(self) -> pd.DataFrame:
@@ -63,7 +62,7 @@ class SavedSession:
         return pd.concat([r.to_frame() for r in self.rounds], ignore_index=True) if len(self.rounds) else pd.DataFrame()
 
     def __repr__(self) -> str:
-        facts = sum(held.n_facts for held in self.rounds.held)
+        facts = sum(len(done.facts) for done in self.rounds)
         left_out = f"; lost: {self.lost}" if self.lost else ""
         return (
             f"SavedSession({self.about.model.name}: {len(self.rounds)} rounds, {facts} facts, {self.about.method!r}, "
@@ -86,7 +85,7 @@ class SessionFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: FileLock | None = None
-        self._kept: dict[HeldRound, RoundEntry] = {}
+        self._kept: dict[EditRound, RoundEntry] = {}
         self._swept = False
         self._head: bytes | None = None
         self._manifest: Manifest | None = None
@@ -135,7 +134,7 @@ class SessionFolder:
         return f"SessionFolder({str(self.path)!r}{', held' if self.held else ''})"
 
     # ---- reading -----------------------------------------------------------------------------------------------------
-    def read(self, upto: int | None = None, keep: int | None = None) -> SavedSession:
+    def read(self, upto: int | None = None) -> SavedSession:
         """Read the session, or its first rounds only.
 
         What a crash has left half-written at the end is left out, with a warning.
@@ -144,8 +143,6 @@ class SessionFolder:
         ----------
         upto : int, optional
             How many rounds to read; all by default.
-        keep : int, optional
-            How many of the last of them stay in memory; the others are checked, and read again when they are asked for. All by default.
 
         Raises
         ------
@@ -157,10 +154,9 @@ class SessionFolder:
         if upto is not None and (not isinstance(upto, int) or not 0 <= upto <= n):
             raise SettingError(f"upto={upto!r}: {self.path} has rounds 0 (unedited) to {n}.")
         entries = manifest.rounds[:upto]
-        in_memory_from = 0 if keep is None else len(entries) - keep
-        read = [self._try_held(entry, number >= in_memory_from) for number, entry in enumerate(entries)]
+        read = [self._try_round(entry) for entry in entries]
         damaged = [number for number, found in enumerate(read, start=1) if isinstance(found, str)]
-        rounds = Rounds(found for found in read[: damaged[0] - 1 if damaged else None] if isinstance(found, HeldRound))
+        rounds = tuple(found for found in read[: damaged[0] - 1 if damaged else None] if isinstance(found, EditRound))
         if damaged:
             why = f"round {damaged[0]} of {n} is damaged ({read[damaged[0] - 1]})"
             if len(damaged) < len(entries) - len(rounds):
@@ -169,14 +165,14 @@ class SessionFolder:
                     f"was before it: EditSession.load(…, upto={damaged[0] - 1})."
                 )
             lost = "; ".join(filter(None, [lost, f"{why}, the last that is whole is round {len(rounds)}"]))
-        for number, held in enumerate(rounds.held, start=1):
-            if bad := [old for old in held.replaces if not 1 <= old.round < number]:
+        for number, done in enumerate(rounds, start=1):
+            if bad := [old for old in done.replaces if not 1 <= old.round < number]:
                 raise StorageError(f"{self.path}: round {number} says that it replaces {bad[0]}, which is no earlier round.")
         if lost:
             _log.warning("%s was not left in order: %s", self.path, lost)
         # tables may tell of rounds that are left out
         self._manifest = manifest if len(rounds) == n else replace(manifest, tables={})
-        self._kept = dict(zip(rounds.held, entries, strict=False))
+        self._kept = dict(zip(rounds, entries, strict=False))
         return SavedSession(manifest, rounds, lost)
 
     def _read_head(self) -> tuple[Manifest, str | None]:
@@ -204,33 +200,6 @@ class SessionFolder:
             return f"{place.name}: {wrong}"
         return done if done.digest == entry.weights else f"{place.name}: it is another round"
 
-    def _try_held(self, entry: RoundEntry, in_memory: bool) -> HeldRound | str:
-        """Return a round, its record in memory or left on disk, or what is wrong with it."""
-        found = self._try_round(entry)
-        if isinstance(found, str):
-            return found
-        held = HeldRound(found)
-        if not in_memory:
-            held.let_go(self._reader(entry))
-            held.let_keys_go()
-        return held
-
-    def reader(self, held: HeldRound) -> Callable[[], EditRound]:
-        """Return what reads a round that is kept here.
-
-        The function that is returned raises :class:`StorageError` where the round is damaged or not there any more.
-        """
-        return self._reader(self._kept[held])
-
-    def _reader(self, entry: RoundEntry) -> Callable[[], EditRound]:
-        def read() -> EditRound:
-            found = self._try_round(entry)
-            if isinstance(found, str):
-                raise StorageError(f"{self.path}: a round that was left there cannot be read again: {found}. Put it back from a copy.")
-            return found
-
-        return read
-
     @staticmethod
     def _read_file(file: Path, digest: str) -> bytes:
         data = file.read_bytes()
@@ -250,7 +219,7 @@ class SessionFolder:
             return None
 
     # ---- writing -----------------------------------------------------------------------------------------------------
-    def keep(self, session: EditSession, rounds: Rounds) -> None:
+    def keep(self, session: EditSession, rounds: Sequence[EditRound]) -> None:
         """Make the folder hold these rounds of a session, all of them or, if anything goes wrong, those it held before.
 
         When this returns, they are on disk. A folder that was closed is left as it is.
@@ -262,7 +231,7 @@ class SessionFolder:
         """
         if not self.held:
             return
-        same = len(rounds) >= len(self._kept) and all(new is old for new, old in zip(rounds.held, self._kept, strict=False))
+        same = len(rounds) >= len(self._kept) and all(new is old for new, old in zip(rounds, self._kept, strict=False))
         tables = self._manifest.tables if self._manifest and same else {}
         self._guarded(lambda: self._write(session, rounds, tables), f"{session.model.name} has the weights of round {len(session)}")
 
@@ -304,12 +273,12 @@ class SessionFolder:
                 "or give the right to write there, and try again; or go on without it: session.autosave.close()."
             ) from wrong
 
-    def _write(self, session: EditSession, rounds: Rounds, tables: Mapping[str, str]) -> None:
+    def _write(self, session: EditSession, rounds: Sequence[EditRound], tables: Mapping[str, str]) -> None:
         before = self._manifest
-        entries = [self._kept.get(held) or self._write_round(number, held.record) for number, held in enumerate(rounds.held, start=1)]
+        entries = [self._kept.get(done) or self._write_round(number, done) for number, done in enumerate(rounds, start=1)]
         manifest = self._manifest_of(session, entries, tables)
         self._head = write_manifest(self.path, manifest, self._head)
-        self._manifest, self._kept = manifest, dict(zip(rounds.held, entries, strict=True))
+        self._manifest, self._kept = manifest, dict(zip(rounds, entries, strict=True))
         # nothing was taken back and nothing replaced: there is nothing to sweep before the next writing
         self._swept = before is not None and (before.tables, before.moments, before.rounds) == (
             manifest.tables,
@@ -339,7 +308,7 @@ class SessionFolder:
             contexts=contexts,
             seed=session.seed,
             moments=self._identify(moments) if moments else before.moments if before else None,
-            unedited=before.unedited if before else session.past.original,
+            unedited=before.unedited if before else session.timeline.original,
             rounds=tuple(entries),
             tables=tables,
             versions=versions(),
@@ -384,7 +353,7 @@ def _acquire(file: Path) -> FileLock:
     try:
         lock.acquire()
     except Timeout:
-        gc.collect()  # sessions and their branches refer to each other: one that nobody has any more may still be there
+        gc.collect()  # a session that nobody refers to may still be there, in a reference cycle
         lock.acquire()
     return lock
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import pandas as pd
 
@@ -14,6 +14,8 @@ from nse_tools.editing.session import EditSession
 from nse_tools.io._folder import SessionFolder
 from nse_tools.io._rounds import MALFORMED
 from nse_tools.io.serialize import table_from_bytes, table_to_bytes
+from nse_tools.metrics._cache import MetricCache
+from nse_tools.metrics.forgetting import FACT_SCORES
 
 _log = logging.getLogger(__name__)
 ROUNDS, SCORES = "rounds.csv", "scores.csv"
@@ -27,24 +29,20 @@ def of(session: EditSession) -> dict[str, bytes]:
     after (:attr:`FactScores.prompts`), with ``kinds``, the kinds of prompts that were asked for together.
     """
     found = {ROUNDS: table_to_bytes(session.to_frame())} if len(session) else {}
-    if parts := [_scored(key, rows) for key, rows in session.memo.items() if _is_score(key, rows)]:
+    if parts := [_scored(round, fact, kinds, rows) for round, (fact, kinds), rows in session.metric_cache.items(FACT_SCORES)]:
         found[SCORES] = table_to_bytes(pd.concat(parts, ignore_index=True))
     return found
 
 
-def _is_score(key: Any, rows: Any) -> bool:
-    return len(key) == 3 and isinstance(key[1], Fact) and isinstance(rows, pd.DataFrame)
+def _scored(round: int, fact: Fact, kinds: Sequence[str], rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({"round": round, "kinds": " ".join(kinds), **rows})
 
 
-def _scored(key: tuple[int, Fact, Sequence[str]], rows: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame({"round": key[0], "kinds": " ".join(key[2]), **rows})
-
-
-def scores_in(folder: SessionFolder, rounds: Sequence[EditRound]) -> dict[Any, Any]:
-    """Return the entries for :attr:`EditSession.memo` that a folder's ``scores.csv`` gives; none where it is missing or damaged."""
+def scores_in(folder: SessionFolder, rounds: Sequence[EditRound]) -> MetricCache:
+    """Return the scores of facts that a folder's ``scores.csv`` holds; none where it is missing or damaged."""
     data = folder.read_table(SCORES)
     if data is None:
-        return {}
+        return MetricCache()
     by_id: dict[str, set[Fact]] = {}
     for done in rounds:
         for fact in done.facts:
@@ -54,16 +52,16 @@ def scores_in(folder: SessionFolder, rounds: Sequence[EditRound]) -> dict[Any, A
         return _entries(table_from_bytes(data, _TEXTS), known, len(rounds))
     except MALFORMED as wrong:
         _log.warning("%s is not used: %s", folder.path / SCORES, wrong)
-        return {}
+        return MetricCache()
 
 
-def _entries(table: pd.DataFrame, known: dict[str, Fact], n_rounds: int) -> dict[Any, Any]:
-    entries: dict[Any, Any] = {}
+def _entries(table: pd.DataFrame, known: dict[str, Fact], n_rounds: int) -> MetricCache:
+    entries = MetricCache()
     for key, rows in table.groupby(["round", "kinds", "fact"], sort=False):
         number, kinds, fact_id = cast(tuple[int, str, str], key)
         if fact_id in known and number <= n_rounds:
             kept = rows.drop(columns=["round", "kinds"])
             if number == 0:  # the unedited model is not compared with itself
                 kept = kept.drop(columns="agreement", errors="ignore")
-            entries[(int(number), known[fact_id], tuple(kinds.split(" ")))] = kept
+            entries.put(FACT_SCORES, int(number), (known[fact_id], tuple(kinds.split(" "))), kept)
     return entries

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 from nse_tools._provenance import machine, versions
-from nse_tools.editing.guards import check_keep
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import StateError, StorageError
 from nse_tools.io import _tables as tables
@@ -63,7 +62,7 @@ def _check_continues(folder: SessionFolder, session: EditSession) -> None:
     """Refuse to write over rounds that the session does not have."""
     there = folder.read(upto=0).about
     before = [there.unedited, *(entry.weights for entry in there.rounds)]
-    now = [session.past.original, *(held.digest for held in session.past.rounds.held)]
+    now = [session.timeline.original, *(done.digest for done in session.rounds)]
     other_model = wrong_weights(there.model, ModelIdentity.of(session.model, session.method.layers))
     if there.method != session.method or now[: len(before)] != before or other_model:
         raise StorageError(
@@ -116,7 +115,6 @@ def load_session(
     moments: SecondMoments | None = None,
     progress: bool = True,
     value_cache: ValueCache | bool = True,
-    keep: int | None = None,
 ) -> EditSession:
     """Load a session: the model gets, bit for bit, the weights that its last round left, and the session goes on from there.
 
@@ -138,7 +136,7 @@ def load_session(
     moments : SecondMoments, optional
         Key statistics C, where they were not sampled with the session's seed. By default they are taken from the folder or the
         user's cache, or computed again, when the next edit needs them.
-    progress, value_cache, keep
+    progress, value_cache
         As for :class:`nse_tools.EditSession`.
 
     Returns
@@ -155,7 +153,7 @@ def load_session(
     """
     folder = SessionFolder.hold(path) if autosave else SessionFolder(path)
     try:
-        saved = folder.read(upto, check_keep(keep, autosave))
+        saved = folder.read(upto)
         about = saved.about
         _check_model(folder, about, model, force)
         _note_versions(about)
@@ -165,9 +163,8 @@ def load_session(
         if about.moments is not None:
             _expect_moments(session, folder, about.moments, moments, force)
         scores = tables.scores_in(folder, saved.rounds)
-        session.keep = keep
         _take_over(session, folder, saved)  # from here on the model carries the edits
-        session.memo |= scores
+        session.metric_cache.update(scores)
         session.autosave = folder if autosave else None
     except BaseException:
         folder.close()
@@ -199,7 +196,7 @@ def _note_versions(about: Manifest) -> None:
 
 def _take_over(session: EditSession, folder: SessionFolder, saved: SavedSession) -> None:
     try:
-        if saved.about.unedited != session.past.original:
+        if saved.about.unedited != session.timeline.original:
             raise StateError("the weights before all edits are other ones")
         session.take_over(saved.rounds)
     except MALFORMED as wrong:

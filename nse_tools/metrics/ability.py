@@ -19,6 +19,7 @@ import pandas as pd
 
 from nse_tools._repr import table_html
 from nse_tools.errors import MissingPackageError, SettingError
+from nse_tools.metrics._cache import Measurement
 from nse_tools.models.editable_model import EditableModel
 
 if TYPE_CHECKING:
@@ -216,6 +217,9 @@ class AbilityScores:
         return table_html(self.by_round().reset_index(), head=self)
 
 
+_ABILITY = Measurement[pd.DataFrame]("ability")
+
+
 def session_ability(
     session: EditSession,
     tasks: str | Sequence[str] | None = None,
@@ -259,16 +263,15 @@ def session_ability(
         raise SettingError(f"ability: tasks={tasks!r}, rounds={rounds!r} leave nothing to measure.")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise SettingError(f"limit={limit!r}: expected a number of items, at least 1.")
-    parts = []
+    cache, parts = session.metric_cache, []
     for number in numbers:
-        keys = {name: (number, "ability", name, limit, num_fewshot) for name in names}
-        if missing := [name for name in names if keys[name] not in session.memo]:
+        keys = {name: (name, limit, num_fewshot) for name in names}
+        if missing := [name for name in names if not cache.has(_ABILITY, number, keys[name])]:
             with session.at(number) as model:
                 for name in missing:
-                    session.memo[keys[name]] = run_task(
-                        model, name, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, progress=session.progress
-                    )
-        parts += [session.memo[keys[name]].assign(round=number) for name in names]
+                    table = run_task(model, name, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, progress=session.progress)
+                    cache.put(_ABILITY, number, keys[name], table)
+        parts += [cache.get(_ABILITY, number, keys[name]).assign(round=number) for name in names]
     table = pd.concat(parts, ignore_index=True)
     columns = ["round", *table.columns.drop("round")]
     return AbilityScores(table[columns], session.model.name, limit, num_fewshot, version("lm_eval"))

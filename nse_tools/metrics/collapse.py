@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nse_tools._repr import table_html
 from nse_tools.errors import CollapseError, SettingError
+from nse_tools.metrics._cache import Measurement
 from nse_tools.metrics.forgetting import round_perplexity
 from nse_tools.metrics.perplexity import passages
 from nse_tools.models.editable_model import EditableModel
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _TEXTS, _PROMPT_TOKENS, _NEW_TOKENS, _N = 10, 8, 40, 4
+_OUTPUTS = Measurement[tuple[float, float]]("repetition and broken logits")
 
 
 @dataclass(frozen=True)
@@ -185,12 +187,12 @@ def repetition(texts: Sequence[Sequence[int]] | Tensor, n: int = _N) -> float:
 
 def _outputs(session: EditSession, round: int) -> tuple[float, float]:
     """Return repetition and share of broken logits as of a round."""
-    key = (round, "collapse")
-    if key not in session.memo:
+
+    def measure() -> tuple[float, float]:
         with session.at(round) as model:
-            session.memo[key] = _measure(model)
-    found: tuple[float, float] = session.memo[key]
-    return found
+            return _measure(model)
+
+    return session.metric_cache.get_or_measure(_OUTPUTS, round, (), measure)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nse_tools._repr import table_html
 from nse_tools.errors import SettingError
+from nse_tools.metrics._cache import Measurement
 from nse_tools.metrics.perplexity import passages
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import copy_of
@@ -149,6 +151,10 @@ def next_token_drift(model: EditableModel, before: NextTokens) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["text", "tokens", "kl", "agreement"])
 
 
+_NEXT_TOKENS = Measurement[NextTokens]("next tokens")
+_DRIFT = Measurement[tuple[pd.DataFrame, pd.DataFrame]]("drift")
+
+
 def session_drift(session: EditSession, round: int | None = None, texts: Sequence[str] | None = None) -> Drift:
     """Measure the drift after every round, or one; what was measured before is remembered with the session.
 
@@ -162,17 +168,21 @@ def session_drift(session: EditSession, round: int | None = None, texts: Sequenc
         Neutral texts; the shipped passages by default.
     """
     chosen = tuple(passages() if texts is None else texts)
-    unedited = (0, "next tokens", chosen)
-    if unedited not in session.memo:
+
+    def record() -> NextTokens:
         with session.at(0) as model:
-            session.memo[unedited] = NextTokens.record(model, chosen)
+            return NextTokens.record(model, chosen)
+
+    def measure(after: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+        with session.at(after) as model:
+            return next_token_drift(model, unedited), weight_growth(model, session.method.edited_layers)
+
+    cache = session.metric_cache
+    unedited = cache.get_or_measure(_NEXT_TOKENS, 0, chosen, record)
     parts = []
     for t in range(len(session) + 1) if round is None else [round]:
-        key = (t, "drift", chosen)
-        if key not in session.memo:
-            with session.at(t) as model:
-                session.memo[key] = next_token_drift(model, session.memo[unedited]), weight_growth(model, session.method.edited_layers)
-        parts.append([table.assign(round=t) for table in session.memo[key]])
+        tables = cache.get_or_measure(_DRIFT, t, chosen, partial(measure, t))
+        parts.append([table.assign(round=t) for table in tables])
     moved, grown = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
     return Drift(moved, grown)
 

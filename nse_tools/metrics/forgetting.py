@@ -12,6 +12,7 @@ import pandas as pd
 
 from nse_tools._repr import table_html
 from nse_tools.errors import SettingError, nearest
+from nse_tools.metrics._cache import Measurement
 from nse_tools.metrics._prompt_states import PromptStates
 from nse_tools.metrics.perplexity import perplexity
 from nse_tools.metrics.scores import MEASURES, REWRITE, FactScores, measure_names, score_facts
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 HOLDS_AT = 50
 """A fact *holds* where its measure is at least this, in percent."""
+FACT_SCORES = Measurement[pd.DataFrame]("fact scores")
+"""The scored prompts of a fact; the key is the fact and the kinds of prompts."""
+PROMPT_STATES = Measurement[PromptStates]("prompt states")
+_PERPLEXITY = Measurement[float]("perplexity")
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ def round_scores(session: EditSession, round: int, facts: FactList | None = None
     """
     if facts is None:
         facts = _joined(session.facts_at(round or len(session)))
-    missing = [f for f in facts if (round, f, kinds) not in session.memo]
+    cache = session.metric_cache
+    missing = [f for f in facts if not cache.has(FACT_SCORES, round, (f, kinds))]
     if missing:
         before = round_scores(session, 0, type(facts)(missing), kinds) if round else None
         with session.at(round):
@@ -134,8 +140,8 @@ def round_scores(session: EditSession, round: int, facts: FactList | None = None
                     executor=session.executor,
                 )
                 for fact_id, rows in found.prompts.groupby("fact", sort=False):
-                    session.memo[(round, next(f for f in batch if f.id == fact_id), kinds)] = rows
-    return FactScores(pd.concat([session.memo[(round, f, kinds)] for f in facts], ignore_index=True))
+                    cache.put(FACT_SCORES, round, (next(f for f in batch if f.id == fact_id), kinds), rows)
+    return FactScores(pd.concat([cache.get(FACT_SCORES, round, (f, kinds)) for f in facts], ignore_index=True))
 
 
 def _joined(batches: Sequence[FactList]) -> FactList:
@@ -145,11 +151,8 @@ def _joined(batches: Sequence[FactList]) -> FactList:
 def prompt_states(session: EditSession) -> PromptStates:
     """Return the session's store of prompts as they enter its first edited layer, which every later scoring starts from."""
     first = min(session.method.layers)
-    key = (0, "prompt states", first)  # true of the unedited model too: no rewinding makes it stale
-    if key not in session.memo:
-        session.memo[key] = PromptStates(session.model, first)
-    store: PromptStates = session.memo[key]
-    return store
+    # true of the unedited model too: no rewinding makes it stale
+    return session.metric_cache.get_or_measure(PROMPT_STATES, 0, first, lambda: PromptStates(session.model, first))
 
 
 def _by_round(session: EditSession, facts: Sequence[Fact]) -> list[list[Fact]]:
@@ -209,7 +212,7 @@ def forgetting_matrix(session: EditSession, measure: str = "efficacy") -> Forget
     rewrite_only = measure.startswith(MEASURES[REWRITE])
     parts, taken = [], set[str]()
     for t in range(1, n + 1):
-        full_known = all((t, f, tuple(MEASURES)) in session.memo for batch in session.facts_at(t) for f in batch)
+        full_known = all(session.metric_cache.has(FACT_SCORES, t, (f, tuple(MEASURES))) for batch in session.facts_at(t) for f in batch)
         kinds = (REWRITE,) if rewrite_only and not full_known else tuple(MEASURES)
         table = round_scores(session, t, kinds=kinds).per_fact().set_index("fact")
         taken |= set(map(str, table))
@@ -240,11 +243,12 @@ def matrix_of(per_fact: pd.DataFrame, measure: str) -> ForgettingMatrix:
 
 def round_perplexity(session: EditSession, round: int) -> float:
     """Return the perplexity on the shipped passages as of a round (0: unedited), remembered with the session."""
-    key = (round, "perplexity")
-    if key not in session.memo:
-        with session.at(round):
-            session.memo[key] = perplexity(session.model)
-    return float(session.memo[key])
+
+    def measure() -> float:
+        with session.at(round) as model:
+            return float(perplexity(model))
+
+    return session.metric_cache.get_or_measure(_PERPLEXITY, round, (), measure)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from nse_tools._repr import table_html
 from nse_tools.data.fact import Fact
 from nse_tools.errors import FactError
+from nse_tools.metrics._cache import Measurement
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing._engine.batching import batches, pad
 from nse_tools.tracing.prompts import lead_of
@@ -115,6 +116,9 @@ def generate_texts(
     return GeneratedTexts(pd.DataFrame(table), seed, max_tokens, top_k)
 
 
+_TEXTS = Measurement[GeneratedTexts]("texts")
+
+
 def facts_written_about(session: EditSession, round: int | None = None) -> tuple[Fact, ...]:
     """Return all facts edited up to a round (the last by default; for round 0: all of the session), as they stand after it."""
     return tuple(f for batch in session.facts_at(round or len(session)) for f in batch)
@@ -138,12 +142,12 @@ def session_texts(
     """
     round = len(session) if round is None else round
     chosen = facts_written_about(session, round) if facts is None else tuple(facts)
-    key = (round, "texts", chosen, seed, max_tokens)
-    if key not in session.memo:
+
+    def write() -> GeneratedTexts:
         with session.at(round) as model:
-            session.memo[key] = generate_texts(model, chosen, seed=seed, max_tokens=max_tokens, progress=session.progress)
-    found: GeneratedTexts = session.memo[key]
-    return found
+            return generate_texts(model, chosen, seed=seed, max_tokens=max_tokens, progress=session.progress)
+
+    return session.metric_cache.get_or_measure(_TEXTS, round, (chosen, seed, max_tokens), write)
 
 
 def _write(

@@ -13,6 +13,7 @@ from torch import Tensor
 from nse_tools._repr import table_html
 from nse_tools.data.fact import Fact
 from nse_tools.errors import SettingError
+from nse_tools.metrics._cache import Measurement
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing.prompts import continued
 
@@ -147,14 +148,17 @@ def probe_prompt(
     )
 
 
+_NEXT_TOKEN = Measurement[Tensor]("next token")
+
+
 def _next_token(session: EditSession, prompt: str, round: int) -> Tensor:
     """Return the next-token distribution as of a round, (vocabulary,), remembered with the session."""
-    key = (round, "next token", prompt)
-    if key not in session.memo:
+
+    def measure() -> Tensor:
         with session.at(round) as model:
-            session.memo[key] = _distribution(model, prompt)
-    found: Tensor = session.memo[key]
-    return found
+            return _distribution(model, prompt)
+
+    return session.metric_cache.get_or_measure(_NEXT_TOKEN, round, prompt, measure)
 
 
 @torch.no_grad()

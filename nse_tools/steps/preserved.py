@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,30 +21,22 @@ LOW_RANK = 12
 _MAX_SHARED_CONDITION = 1e10
 
 
-class KeySource(Protocol):
-    """A round as the source of previous keys."""
+class RoundKeys(Protocol):
+    """What the preserved keys need of a round; :class:`EditRound` has it."""
 
     @property
-    def keys(self) -> Mapping[int, Keys]:
+    def final_keys(self) -> Mapping[int, Keys]:
         """Layer → keys of every fact of the round, at the weights after it."""
 
     @property
-    def n_keys(self) -> Mapping[int, int]:
-        """Layer → how many they are."""
-
-    @property
     def replaces(self) -> tuple[Replaced, ...]:
-        """Facts of earlier rounds whose keys leave the history with this round."""
+        """Facts of earlier rounds whose keys leave the preserved keys with this round."""
 
 
 @dataclass(frozen=True, eq=False)
 class _KeysOfRound:
-    keys: Mapping[int, Keys]
+    final_keys: Mapping[int, Keys]
     replaces: tuple[Replaced, ...] = ()
-    n_keys: Mapping[int, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "n_keys", {layer: len(keys) for layer, keys in self.keys.items()})
 
 
 class PreviousKeys:
@@ -55,12 +47,12 @@ class PreviousKeys:
 
     Parameters
     ----------
-    rounds : sequence of mapping of int to Keys, or of KeySource
+    rounds : sequence of mapping of int to Keys, or of RoundKeys
         The rounds, oldest first.
     """
 
-    def __init__(self, rounds: Iterable[Mapping[int, Keys] | KeySource] = ()) -> None:
-        self._rounds: list[KeySource] = [_KeysOfRound(r) if isinstance(r, Mapping) else r for r in rounds]
+    def __init__(self, rounds: Iterable[Mapping[int, Keys] | RoundKeys] = ()) -> None:
+        self._rounds: list[RoundKeys] = [_KeysOfRound(r) if isinstance(r, Mapping) else r for r in rounds]
         # how many rounds are summed, and their sums: set in one go, so that an interrupt cannot count a round twice
         self._summed: tuple[int, dict[int, Tensor]] = (0, {})
 
@@ -68,18 +60,13 @@ class PreviousKeys:
         """Add a round's keys: layer → keys of every fact of the round, at the weights after it; ``replaces`` leave the history."""
         self._rounds.append(_KeysOfRound(keys, tuple(replaces)))
 
-    @property
-    def n_summed(self) -> int:
-        """Number of rounds whose keys are in the sum already and are not read again, unless rounds are undone."""
-        return self._summed[0]
-
     def matrix(self, layer: int) -> Tensor | None:
         """Return H^l, (d_ff, d_ff) float64; None before the first round."""
         done, sums = self._summed
         for source in self._rounds[done:]:
             if source.replaces:
                 sums = sums | {at: held - _square(self._rows(at, source.replaces)) for at, held in sums.items()}
-            added = {at: _square(keys.matrix) for at, keys in source.keys.items()}
+            added = {at: _square(keys.matrix) for at, keys in source.final_keys.items()}
             sums = sums | {at: sums[at] + new if at in sums else new for at, new in added.items()}
             done += 1
             self._summed = (done, sums)
@@ -93,14 +80,14 @@ class PreviousKeys:
         """Return the history of the first rounds only."""
         return self.of(self._rounds[:rounds])
 
-    def of(self, rounds: Sequence[KeySource]) -> PreviousKeys:
+    def of(self, rounds: Sequence[RoundKeys]) -> PreviousKeys:
         """Return the history of other rounds; what is summed of the first of them here need not be summed again."""
         other, (done, sums) = PreviousKeys(rounds), self._summed
         if done <= len(rounds) and all(mine is theirs for mine, theirs in zip(self._rounds[:done], rounds, strict=False)):
             other._summed = (done, sums)
         return other
 
-    def is_of(self, rounds: Sequence[KeySource]) -> bool:
+    def is_of(self, rounds: Sequence[RoundKeys]) -> bool:
         """Whether this is the history of exactly these rounds."""
         return len(rounds) == len(self) and all(mine is theirs for mine, theirs in zip(self._rounds, rounds, strict=True))
 
@@ -111,16 +98,16 @@ class PreviousKeys:
             gone[old.round].add(old.fact)
         parts = []
         for number, source in enumerate(self._rounds, start=1):
-            if layer in source.n_keys:
-                keys = source.keys[layer]
+            if layer in source.final_keys:
+                keys = source.final_keys[layer]
                 rows = [row for row, fact in enumerate(keys.fact_ids) if fact not in gone[number]]
                 parts.append(keys.matrix if len(rows) == len(keys) else keys.matrix[rows])
         return torch.cat(parts)
 
     def n_keys(self, layer: int) -> int:
         """Return the number of keys of a layer that are in the sum."""
-        return sum(source.n_keys.get(layer, 0) for source in self._rounds) - sum(
-            layer in self._rounds[old.round - 1].n_keys for old in self._all_replaced()
+        return sum(len(source.final_keys.get(layer, ())) for source in self._rounds) - sum(
+            layer in self._rounds[old.round - 1].final_keys for old in self._all_replaced()
         )
 
     def _all_replaced(self) -> list[Replaced]:
@@ -133,8 +120,8 @@ class PreviousKeys:
             by_round[old.round].append(old.fact)
         found = []
         for number, ids in by_round.items():
-            if layer in (source := self._rounds[number - 1]).n_keys:
-                keys = source.keys[layer]
+            if layer in (source := self._rounds[number - 1]).final_keys:
+                keys = source.final_keys[layer]
                 if missing := set(ids) - set(keys.fact_ids):
                     raise StateError(f"Round {number} has no fact {min(missing)!r}, which a later round says it replaces.")
                 found.append(keys.matrix[[keys.fact_ids.index(fact) for fact in ids]])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nse_tools.metrics._cache import Measurement
 from nse_tools.widgets import markup
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ class Compared:
         return self.before.line != self.now.line
 
 
+_ANSWERS = Measurement[Answer]("answers")
+
+
 def answers(session: EditSession, prompts: Sequence[str], round: int) -> list[Answer]:
     """Ask the model as it was after a round; what was asked before is remembered with the session.
 
@@ -72,11 +76,13 @@ def answers(session: EditSession, prompts: Sequence[str], round: int) -> list[An
     round : int
         After which round; 0 is the unedited model.
     """
-    missing = [p for p in dict.fromkeys(prompts) if (round, "answer", p) not in session.memo]
+    cache = session.metric_cache
+    missing = [p for p in dict.fromkeys(prompts) if not cache.has(_ANSWERS, round, p)]
     if missing:
         with session.at(round) as model:
-            session.memo.update({(round, "answer", p): _ask(model, p) for p in missing})
-    return [session.memo[round, "answer", p] for p in prompts]
+            for prompt in missing:
+                cache.put(_ANSWERS, round, prompt, _ask(model, prompt))
+    return [cache.get(_ANSWERS, round, p) for p in prompts]
 
 
 def compared(session: EditSession, asked: Sequence[tuple[str, str]], before: int, now: int) -> list[Compared]:

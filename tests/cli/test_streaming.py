@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers.stream import FAST, fact, line_of
 from typer.testing import CliRunner
 
 from helpers.kept import session_of
 from helpers.models import build
-from helpers.stream import FAST, fact, line_of
 from nse_tools.cli import app
 from nse_tools.editing.session import EditSession
 from nse_tools.io.saved_session import read_session

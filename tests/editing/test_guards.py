@@ -13,7 +13,6 @@ from helpers.sessions import BATCHES, LAYERS, METHOD, edit, same, session_of, va
 from nse_tools import methods
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, SettingError, StateError
-from nse_tools.methods import finetune, rome
 from nse_tools.methods import locate_then_edit as updating
 from nse_tools.models.loading import load_model
 from nse_tools.steps.keys import SubjectStates
@@ -47,7 +46,7 @@ def test_given_values_that_are_not_finite_name_the_fact(wrong: float) -> None:
         FactError,
     )
     narrow = replace(values, z=values.z[:, :-1])
-    refused(session, r"shape \(2, 31\)", lambda: session.edit(BATCHES[0], narrow), FactError)
+    refused(session, r"got \(2, 31\)", lambda: session.edit(BATCHES[0], narrow), FactError)
 
 
 @pytest.mark.parametrize("wrong", [NAN, INF])
@@ -186,7 +185,6 @@ def test_rank_one_updates_and_fine_tuning_have_the_same_limit() -> None:
     refused(one, "Layer 2, solving for the update: .*max_update_norm", lambda: one.edit(BATCHES[1]))
     tuned = session_of(method=methods.ft(preset=None, layers=(2,), ft_num_steps=3, max_update_norm=1e-6))
     refused(tuned, "Layer 2, fine-tuning: .*max_update_norm", lambda: tuned.edit(BATCHES[1]))
-    assert rome.check_update is finetune.check_update is updating.check_update
 
 
 OWN = {"rome": {"layers": (2,)}, "alphaedit": {"nullspace_unit": "relative", "nullspace_threshold": 0.5}}
@@ -215,7 +213,7 @@ def test_recorded_rounds_are_taken_over_into_an_empty_session_only_and_only_if_t
     other.take_over(made.rounds)
     assert same(weights(other.model), weights(made.model))
     assert other.rounds == made.rounds
-    with pytest.raises(StateError, match="2 rounds of its own"):
+    with pytest.raises(StateError, match="got one with 2"):
         other.take_over(made.rounds)
     other.rewind(to=0)
     damaged = replace(made.rounds[0], digest="0" * 32)
@@ -248,8 +246,5 @@ def test_what_cannot_be_kept_does_not_count() -> None:
     session.drop(1)
     assert keeper.kept == [[1], [1, 2], [1], [1, 2], [1]]
     keeper.fails = True
-    other = session_of()
-    edit(other, 3)
-    for verb in (lambda: edit(session, 2), session.undo, lambda: session.cherry_pick(other, 1)):
+    for verb in (lambda: edit(session, 2), session.undo, lambda: session.rewind(to=0)):
         refused(session, "disk full", verb, OSError)
-    assert session.branch().autosave is None

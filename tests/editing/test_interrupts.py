@@ -12,11 +12,10 @@ import pytest
 import torch
 
 import nse_tools
-from helpers.sessions import edit, same, session_of, weights
-from nse_tools.editing import reapplying
+from helpers.sessions import BATCHES, edit, same, session_of, values_of, weights
 from nse_tools.editing.session import EditSession
-from nse_tools.editing.turns import Turn
 from nse_tools.models.weights import uninterrupted, weights_in_place
+from nse_tools.steps.keys import SubjectStates
 
 HOME = str(Path(nse_tools.__file__).parent)
 N_POINTS = 40
@@ -56,43 +55,35 @@ class Interrupter:
 
 
 class Case:
-    """Two branches of one model, and what must hold of them whatever is interrupted."""
+    """A session, and what must hold of it whatever is interrupted."""
 
     def __init__(self) -> None:
-        self.main = session_of()
+        self.session = session_of()
         for batch in range(3):
-            edit(self.main, batch)
-        self.main.undo()
-        self.twin = self.main.branch("twin")
-        with self.twin.active():
-            self.twin.undo()
-            edit(self.twin, 3)
-        self.start = self.main.past, self.twin.past
-        self.weights = weights(self.main.model)
+            edit(self.session, batch)
+        self.session.undo()
+        self.start = self.session.timeline
+        self.weights = weights(self.session.model)
 
     def again(self) -> None:
         """Go back to the start, by force."""
-        self.main._past, self.twin._past = self.start
-        self.main._turn = self.twin._turn = Turn(self.main)
-        self.main.restore()
-        assert same(weights(self.main.model), self.weights)
+        self.session._timeline = self.start
+        self.session.restore()
+        assert same(weights(self.session.model), self.weights)
 
     def state(self) -> tuple:
         """What a verb may change, apart from the weights."""
-        return self.main.rounds, self.twin.rounds, self.main.past.undone, self.main._turn.holder.name
+        return self.session.rounds, self.session.timeline.undone
 
     def check(self) -> None:
-        """Both branches hold together, and things can go on."""
-        assert self.main._turn.holder.verify().ok
-        assert self.main._turn.looked_at is None
-        for session in (self.main, self.twin):
-            session.activate()
-            assert session.verify().ok
-            assert len(session.history) == len(session)
-        self.main.activate()
-        if len(self.main):
-            self.main.undo()
-        self.main.redo()
+        """The session is consistent, and things can go on."""
+        assert self.session.verify().ok
+        assert len(self.session.history) == len(self.session)
+        with self.session.at(0):
+            pass
+        if len(self.session):
+            self.session.undo()
+        self.session.redo()
 
 
 def looking(session: EditSession) -> None:
@@ -100,24 +91,16 @@ def looking(session: EditSession) -> None:
         pass
 
 
-def lending(session: EditSession) -> None:
-    with session.active():
-        pass
-
-
-VERBS: dict[str, Callable[[Case], object]] = {
-    "edit": lambda case: edit(case.main, 3),
-    "undo": lambda case: case.main.undo(),
-    "redo": lambda case: case.main.redo(),
-    "rewind": lambda case: case.main.rewind(to=0),
-    "branch": lambda case: case.main.branch(),
-    "activate": lambda case: case.twin.activate(),
-    "active": lambda case: lending(case.twin),
-    "restore": lambda case: case.main.restore(),
-    "drop": lambda case: case.main.drop(1),
-    "cherry_pick": lambda case: case.main.cherry_pick(case.twin, 2),
-    "at": lambda case: looking(case.main),
-    "verify": lambda case: case.main.verify(),
+VERBS: dict[str, Callable[[EditSession], object]] = {
+    "edit": lambda session: edit(session, 3),
+    "preview": lambda session: session.preview(BATCHES[3], values_of(3)),
+    "undo": lambda session: session.undo(),
+    "redo": lambda session: session.redo(),
+    "rewind": lambda session: session.rewind(to=0),
+    "restore": lambda session: session.restore(),
+    "drop": lambda session: session.drop(1),
+    "at": looking,
+    "verify": lambda session: session.verify(),
 }
 
 
@@ -128,7 +111,7 @@ def case() -> Case:
 
 def outcome(state: tuple) -> list:
     """A state without what is an object of its own each time the verb runs."""
-    return [part if isinstance(part, str) else [(r.facts, r.number, r.digest) for r in part] for part in state]
+    return [[(r.facts, r.number, r.digest) for r in part] for part in state]
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
@@ -136,8 +119,10 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str, case: Case) -
     run = VERBS[verb]
     case.again()
     before = outcome(case.state())
+    run(case.session)  # what is computed once for all rounds is there from now on
+    case.again()
     with Interrupter() as counted:
-        run(case)
+        run(case.session)
     after, n = outcome(case.state()), counted.lines
     points = sorted({round(1 + i * (n - 1) / (N_POINTS - 1)) for i in range(N_POINTS)} | {n - 2, n - 1})
     arrived = 0
@@ -145,34 +130,31 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str, case: Case) -
         case.again()
         with Interrupter(point) as interrupter:
             try:
-                run(case)
+                run(case.session)
             except KeyboardInterrupt:
                 arrived += 1
         assert outcome(case.state()) in (before, after), interrupter.where
-        if case.main._turn.holder is case.main and case.main.past is case.start[0]:
-            assert same(weights(case.main.model), case.weights), interrupter.where
+        if case.session.timeline is case.start:
+            assert same(weights(case.session.model), case.weights), interrupter.where
         case.check()
     assert arrived == len(points)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("verb", ["drop", "cherry_pick"])
-def test_a_step_that_fails_in_the_middle_leaves_everything_as_it_was(
-    verb: str, kind: type, case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_fails_in_the_middle_leaves_everything_as_it_was(kind: type, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.again()
-    before, state = case.state(), weights(case.main.model)
+    before, state = case.state(), weights(case.session.model)
 
     def failing(*_: object) -> str:
-        assert not same(weights(case.main.model), state)  # the weights have been changed by now
+        assert not same(weights(case.session.model), state)  # the weights have been changed by now
         raise kind("stop")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reapplying, "digest_of", failing)
+        patch.setattr(SubjectStates, "record", failing)
         with pytest.raises(kind, match="stop"):
-            VERBS[verb](case)
+            case.session.drop(1)
     assert case.state() == before
-    assert same(weights(case.main.model), state)
+    assert same(weights(case.session.model), state)
     case.check()
 
 

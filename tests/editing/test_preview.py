@@ -14,10 +14,12 @@ from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, StateError
 from nse_tools.methods import locate_then_edit as updating
 from nse_tools.methods.base import Method
+from nse_tools.metrics._cache import Measurement
 
 LAYERS = (0, 2)
 METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.7)
 ONE, TWO = FactList(list(FACTS)[:3]), FactList(list(FACTS)[3:])
+NOTE = Measurement[str]("note")
 METHODS = {
     "nse": METHOD,
     "two passes, nothing far enough": METHOD.with_(passes=2, alpha=1e6, upper_bound=1e7),
@@ -57,13 +59,13 @@ def test_a_preview_has_the_numbers_of_the_edit_made_afterwards(case: str, name: 
 def test_a_preview_changes_neither_weights_nor_session(name: str) -> None:
     session = session_of(name=name)
     session.edit(ONE)
-    session.memo[1, "kept"] = "as it was"
-    state, rounds, memo = bits(session), session.rounds, dict(session.memo)
+    session.metric_cache.put(NOTE, 1, (), "as it was")
+    state, rounds = bits(session), session.rounds
     keys = session.history.stacked(0).clone()
     preview = session.preview(TWO)
     assert same(bits(session), state)
     assert session.rounds == rounds
-    assert session.memo == memo
+    assert list(session.metric_cache.items(NOTE)) == [(1, (), "as it was")]
     assert len(session.history) == 1
     assert torch.equal(session.history.stacked(0), keys)
     assert session.preview(TWO).round.digest == preview.round.digest
@@ -106,25 +108,18 @@ def test_an_error_in_a_preview_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) 
             session.preview(TWO)
     assert same(bits(session), state)
     assert session.rounds == rounds
-    with pytest.raises(FactError, match="no facts"):
+    with pytest.raises(FactError, match="at least one fact"):
         session.preview([])
     session.model.weight(0)[0, 0] += 1
     with pytest.raises(StateError, match="somebody wrote"):
         session.preview(TWO)
 
 
-def test_a_preview_takes_no_turn_saves_nothing_and_names_no_branch() -> None:
+def test_a_preview_saves_nothing_and_is_refused_inside_a_look_back() -> None:
     session = session_of()
     session.edit(ONE)
-    branch = session.branch()
-    assert session._turn.holder is session
     session.autosave = object()  # to which nothing can be given
     session.preview(TWO)
-    assert session._turn.holder is session
     session.autosave = None
-    assert session.branch().name == "branch 2"
-    branch.edit(TWO)
-    with pytest.raises(StateError, match="Take the turn first"):
+    with session.at(1), pytest.raises(StateError, match="leave the block"):
         session.preview(TWO)
-    with branch.at(1), pytest.raises(StateError, match="being looked at"):
-        branch.preview(TWO)

@@ -14,6 +14,7 @@ from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, ModelError, SettingError, StateError
 from nse_tools.methods import locate_then_edit as updating
+from nse_tools.metrics._cache import Measurement
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps import values as values_module
 from nse_tools.steps.values import compute_values
@@ -21,6 +22,7 @@ from reference import apart
 
 LAYERS = (0, 2)
 METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
+SCORES = Measurement[str]("scores")
 ONE, TWO = FactList(list(FACTS)[:3]), FactList(list(FACTS)[3:])
 
 
@@ -176,7 +178,7 @@ def test_rounds_are_the_four_steps_in_a_row() -> None:
     assert done.to_frame().facts.tolist() == [3, 3, 3, 3]
     assert session.residuals().equals(table)
     assert session.to_frame()["round"].tolist() == [1]
-    change = session.changed_parameters()
+    change = session.changed_parameters().table
     expected = float((session.model.weight(2).double() - session.model.originals[2].double()).norm())
     assert change.norm_change[1] == pytest.approx(expected)
 
@@ -208,7 +210,7 @@ def test_somebody_writing_into_the_weights_is_noticed() -> None:
     kept = model.weight(2).clone()
     model.weight(2)[3, 4] += 1e-3
     for action in (lambda: session.edit(TWO), session.undo, lambda: session.rewind(to=0)):
-        with pytest.raises(StateError, match="round 1 left behind"):
+        with pytest.raises(StateError, match="weights of round 1"):
             action()
     assert len(session) == 1
     model.weight(2).copy_(kept)
@@ -261,7 +263,7 @@ def test_batches_that_make_no_sense_are_refused() -> None:
     state = all_weights(session.model)
     fact = ONE[0]
     other = Fact("other", fact.subject, fact.prompt, "Italian")
-    with pytest.raises(FactError, match="no facts"):
+    with pytest.raises(FactError, match="at least one fact"):
         session.edit([])
     with pytest.raises(FactError, match="contradict.*Italian"):
         session.edit([fact, other])
@@ -335,11 +337,11 @@ def test_editing_all_facts_round_after_round() -> None:
 def test_results_kept_with_rounds_go_with_them() -> None:
     session = session_of()
     session.edit(ONE)
-    session.memo[(1, "scores")] = "kept"
+    session.metric_cache.put(SCORES, 1, (), "kept")
     session.edit(TWO)
-    session.memo[(2, "scores")] = "gone"
+    session.metric_cache.put(SCORES, 2, (), "gone")
     session.undo()
-    assert session.memo == {(1, "scores"): "kept"}
+    assert list(session.metric_cache.items(SCORES)) == [(1, (), "kept")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-"""Random sequences of edits, looks back, branches, drops, saves and loads beside a model of what must hold: a list of recorded weights."""
+"""Random sequences of edits, looks back, drops, saves and loads next to a model of what must hold: a list of recorded weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers.models import CONTEXTS
 from helpers.sessions import BATCHES, LAYERS, METHOD, edit, session_of, weights
 from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
-from nse_tools.errors import SettingError, StateError
+from nse_tools.errors import SettingError
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import write_weights
 from nse_tools.tracing.moments import SecondMoments
@@ -46,7 +46,7 @@ def prepared(name: str) -> tuple[EditableModel, SecondMoments]:
 
 
 class Travelling(RuleBasedStateMachine):
-    """Every branch is expected to be, bit for bit, where its list says, and the model where the active one is."""
+    """The session is expected to be, bit for bit, where its list says."""
 
     @initialize(name=st.sampled_from(["llama", "gpt2"]))
     def begin(self, name: str) -> None:
@@ -54,15 +54,14 @@ class Travelling(RuleBasedStateMachine):
         self.model, moments = prepared(name)
         session = EditSession(self.model, ONE_PASS, contexts=CONTEXTS, moments=moments, progress=False, value_cache=False)
         self.seen: dict[tuple[int, ...], Weights] = {}
-        self.branches = [Expected(session, [(-1, self.now())])]
-        self.active = self.branches[0]
+        self.expected = Expected(session, [(-1, self.now())])
 
     def now(self) -> Weights:
         return weights(self.model)
 
     @rule(batch=st.integers(0, len(BATCHES) - 1))
     def edit(self, batch: int) -> None:
-        mine = self.active
+        mine = self.expected
         edit(mine.session, batch, self.name)
         mine.done.append((batch, self.now()))
         mine.undone.clear()
@@ -74,7 +73,7 @@ class Travelling(RuleBasedStateMachine):
 
     @rule()
     def undo(self) -> None:
-        mine = self.active
+        mine = self.expected
         if len(mine.done) == 1:
             with pytest.raises(SettingError, match="no round to undo"):
                 mine.session.undo()
@@ -84,7 +83,7 @@ class Travelling(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1))
     def rewind(self, share: float) -> None:
-        mine = self.active
+        mine = self.expected
         to = round(share * (len(mine.done) - 1))
         assert len(mine.session.rewind(to)) == len(mine.done) - 1 - to
         mine.undone[:0] = mine.done[to + 1 :]
@@ -92,7 +91,7 @@ class Travelling(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1))
     def redo(self, share: float) -> None:
-        mine = self.active
+        mine = self.expected
         if not mine.undone:
             with pytest.raises(SettingError, match="nothing to redo"):
                 mine.session.redo()
@@ -102,25 +101,10 @@ class Travelling(RuleBasedStateMachine):
         mine.done += mine.undone[:more]
         del mine.undone[:more]
 
-    @precondition(lambda self: len(self.branches) < 3)
-    @rule()
-    def branch(self) -> None:
-        mine = self.active
-        self.branches.append(Expected(mine.session.branch(), list(mine.done), list(mine.undone), mine.exact))
-
-    @rule(number=st.integers(0, 2))
-    def activate(self, number: int) -> None:
-        other = self.branches[number % len(self.branches)]
-        if not all(torch.equal(a, b) for a, b in zip(other.state, self.now(), strict=True)):
-            with pytest.raises(StateError, match="Take the turn"):
-                other.session.rewind(to=0)
-        other.session.activate()
-        self.active = other
-
-    @precondition(lambda self: len(self.active.done) > 1)
+    @precondition(lambda self: len(self.expected.done) > 1)
     @rule(share=st.floats(0, 1))
     def drop(self, share: float) -> None:
-        mine = self.active
+        mine = self.expected
         number = 1 + round(share * (len(mine.done) - 2))
         if number == len(mine.done) - 1:
             mine.session.drop(number)
@@ -134,37 +118,19 @@ class Travelling(RuleBasedStateMachine):
         mine.undone.clear()
         mine.exact = False
 
-    @precondition(lambda self: len(self.branches) > 1)
-    @rule(number=st.integers(0, 2))
-    def cherry_pick(self, number: int) -> None:
-        mine, other = self.active, self.branches[number % len(self.branches)]
-        if len(other.done) == 1:
-            return
-        picked = other.session.rounds[-1]
-        if any(r.passes is picked.passes for r in mine.session.rounds):
-            with pytest.raises(SettingError, match="in this session already"):
-                mine.session.cherry_pick(other.session, picked.number)
-            return
-        expected = added(mine.state, picked, mine.session)
-        mine.session.cherry_pick(other.session, picked.number)
-        mine.done.append((other.done[-1][0], expected))
-        mine.undone.clear()
-        mine.exact = False
-
     @rule(share=st.floats(0, 1))
     def look_back(self, share: float) -> None:
-        mine = self.branches[-1]
+        mine = self.expected
         number = round(share * (len(mine.done) - 1))
         before = self.now()
         with mine.session.at(number):
             assert equal(self.now(), mine.done[number][1])
         assert equal(self.now(), before)
 
-    @precondition(lambda self: len(self.branches) == 1)
     @rule()
     def save_and_load(self) -> None:
         """Go on from disk, as after the end of the process: what was undone is gone, all else is as it was."""
-        mine, before = self.active, self.active.session
+        mine, before = self.expected, self.expected.session
         with tempfile.TemporaryDirectory() as folder:
             before.save(folder)
             self.take_back()
@@ -182,16 +148,15 @@ class Travelling(RuleBasedStateMachine):
 
     @invariant()
     def all_is_where_it_should_be(self) -> None:
-        if not hasattr(self, "branches"):
+        if not hasattr(self, "expected"):
             return
-        assert equal(self.now(), self.active.state)
-        for mine in self.branches:
-            session = mine.session
-            assert [BATCHES.index(f) for f in session.facts] == [b for b, _ in mine.done[1:]]
-            assert [r.number for r in session.rounds] == list(range(1, len(mine.done)))
-            assert len(session.history) == len(session) == len(mine.done) - 1
-            assert not session.verify().wrong_rounds
-        assert self.active.session.verify().ok
+        expected = self.expected
+        session = expected.session
+        assert equal(self.now(), expected.state)
+        assert [BATCHES.index(f) for f in session.facts] == [b for b, _ in expected.done[1:]]
+        assert [r.number for r in session.rounds] == list(range(1, len(expected.done)))
+        assert len(session.history) == len(session) == len(expected.done) - 1
+        assert session.verify().ok
 
 
 def equal(one: Weights, other: Weights) -> bool:

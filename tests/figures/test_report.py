@@ -89,7 +89,7 @@ def test_it_says_all_that_an_appendix_needs(session: EditSession, page: str) -> 
         LONG,  # nothing is cut off
         "made up",
         *(r.digest for r in session.rounds),
-        session.past.original,
+        session.timeline.original,
         "Verification(ok, 2 rounds",
         "Round 2 is approximate: round 2 ('plain') was dropped from below it.",
         "efficacy",

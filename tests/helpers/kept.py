@@ -21,7 +21,6 @@ from nse_tools import methods
 from nse_tools.compare.runner import compare
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
-from nse_tools.editing.round_list import Rounds
 from nse_tools.editing.session import EditSession
 from nse_tools.io.saved_session import holds_session
 from nse_tools.methods.base import Method
@@ -79,7 +78,6 @@ def same_weights(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool
 
 def assert_same(one: Any, other: Any, where: str = "", ignoring: tuple[str, ...] = ("seconds",)) -> None:
     """Compare two records bit for bit, memory order of their tensors included; times may differ."""
-    one, other = (tuple(value) if isinstance(value, Rounds) else value for value in (one, other))
     assert type(one) is type(other) or isinstance(one, int | float | Mapping), where
     if isinstance(one, Tensor):
         assert one.dtype == other.dtype, where

@@ -110,7 +110,7 @@ def test_scores_and_forgetting_are_the_same_and_are_not_measured_twice(tmp_path:
     monkeypatch.setattr("nse_tools.metrics.forgetting.score_facts", None)  # called, it would raise
     pd.testing.assert_frame_equal(loaded.scores(with_perplexity=False), scores.drop(columns="perplexity"), check_exact=True)
     pd.testing.assert_frame_equal(loaded.forgetting().per_fact, forgetting.per_fact, check_exact=True)
-    assert not any(key[0] == 2 for key in load(tmp_path / "scored", build(), upto=1).memo)
+    assert 2 not in load(tmp_path / "scored", build(), upto=1).metric_cache.rounds
 
 
 def test_scores_of_rounds_taken_back_do_not_come_back(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_scores_of_rounds_taken_back_do_not_come_back(tmp_path: Path) -> None:
     session.autosave.close()
     loaded = load(tmp_path, build(), upto=1, autosave=True)
     loaded.edit(facts[1])
-    assert not any(key[0] == 2 for key in load(tmp_path, build()).memo)
+    assert 2 not in load(tmp_path, build()).metric_cache.rounds
     loaded.undo()  # with the next change the file goes too
     assert not (tmp_path / "scores.csv").exists()
 

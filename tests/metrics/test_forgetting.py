@@ -13,6 +13,7 @@ from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError
 from nse_tools.metrics import forgetting
+from nse_tools.metrics._cache import MetricCache
 from nse_tools.metrics.forgetting import ForgettingMatrix, forgetting_matrix, round_scores, session_scores
 from nse_tools.metrics.scores import score_facts
 from nse_tools.models.weights import changed_layers
@@ -134,7 +135,7 @@ def test_showing_escapes_and_says_the_measure(session: EditSession) -> None:
 
 
 def test_neighbours_are_compared_with_the_unedited_model_asked_once(session: EditSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    session.memo.clear()
+    session.metric_cache = MetricCache()
     asked: list[bool] = []
 
     def watched(model, facts, **options):

@@ -9,6 +9,7 @@ from helpers.models import CONTEXTS, FACTS, build, moments_for
 from helpers.plain_scores import ARCHITECTURES, PAIRS, one_by_one
 from nse_tools import methods
 from nse_tools.editing.session import EditSession
+from nse_tools.metrics._cache import MetricCache
 from nse_tools.metrics._continuations import score_continuations
 from nse_tools.metrics._prompt_states import PromptStates
 from nse_tools.metrics.forgetting import prompt_states, round_scores
@@ -84,7 +85,7 @@ def test_a_session_scores_earlier_facts_from_its_first_edited_layer() -> None:
         session.edit(batch)
     later = [round_scores(session, t).prompts for t in (1, 2)]
     assert prompt_states(session).hits > 0
-    session.memo = {}
+    session.metric_cache = MetricCache()
     with session.at(2):
         for row in later[1][later[1].kind == "rewrite"].itertuples():
             fact = next(f for f in FACTS if f.id == row.fact)
