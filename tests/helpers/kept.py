@@ -46,6 +46,7 @@ METHODS = {
     "replay": METHOD.with_(name="replay", spread="replay"),
     "anchored": METHOD.with_(name="anchored", norm_anchor=True, v_stop_at_argmax=1),
 }
+FAST = METHOD.with_(layers=(2,), v_num_grad_steps=1, passes=1, neuron_threshold=1.0)
 TARGETS = ("Berlin", "Rome", "Paris", "piano", "French", "Italy", "Japan", "Brazil")
 
 
@@ -54,6 +55,12 @@ def many_facts(count: int) -> FactList:
     subjects = ("Danielle Darrieux", "São Paulo", "Eiffel Tower", "東京", "the piano", "Denmark")
     made = [(s, t) for t in TARGETS for s in subjects]
     return FactList(Fact(f"f{i:02d}", *pair[:1], "I think that {} is", pair[1]) for i, pair in enumerate(made[:count]))
+
+
+def fact(number: int, target: int = 0, **more: Any) -> Fact:
+    """Return a fact about one of any number of subjects."""
+    new = TARGETS[(number + target) % len(TARGETS)]
+    return Fact(f"f{number}", f"Number {number} of Denmark", "I think that {} is", new, relation="is", **more)
 
 
 def session_of(name: str = "llama", method: Method = METHOD, **options: Any) -> EditSession:

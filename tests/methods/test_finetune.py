@@ -11,7 +11,7 @@ from helpers.models import CONTEXTS, FACTS, build, varied
 from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
-from nse_tools.editing import session_state as session_module
+from nse_tools.editing import session as session_module
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, SettingError
 from nse_tools.methods import FineTune, RoundInputs, finetune

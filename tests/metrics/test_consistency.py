@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers.stream import FAST, fact
 
-from helpers.kept import session_of
+from helpers.kept import FAST, fact, session_of
 from nse_tools import Replaced
 from nse_tools.data.fact import Fact
 from nse_tools.errors import FactError
