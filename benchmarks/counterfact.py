@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from nse_tools import load_facts, load_model, methods, run_stream, save_stream
+from nse_tools import load_facts, load_model, methods
 from nse_tools.cli import score_table
+from nse_tools.figures.demo import run_stream, save_stream
 
 
 def main() -> None:

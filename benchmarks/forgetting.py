@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from nse_tools import EditSession, holds_session, known_facts, load_model, methods
+from nse_tools import EditSession, known_facts, load_model, methods
 from nse_tools.figures.long_sequence import LongSequence
+from nse_tools.io.saved_session import holds_session
 
 _log = logging.getLogger("forgetting")
 

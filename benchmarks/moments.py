@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 
 from _machine import apart, finish, parser, read, timed
-from nse_tools import EditableModel, load_model, methods, sample_corpus, second_moments
-from nse_tools.tracing.corpus import Corpus
+from nse_tools import EditableModel, load_model, methods, second_moments
+from nse_tools.tracing.corpus import Corpus, sample_corpus
 from nse_tools.tracing.moments import SecondMoments
 from plain import plain_moments
 

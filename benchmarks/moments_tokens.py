@@ -14,10 +14,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from nse_tools import EditSession, known_facts, load_model, methods, perplexity, sample_contexts, sample_corpus, score_facts, second_moments
+from nse_tools import EditSession, known_facts, load_model, methods, perplexity, sample_contexts, score_facts, second_moments
 from nse_tools.editing.edit_round import EditRound
 from nse_tools.errors import EditError
-from nse_tools.tracing.corpus import Corpus
+from nse_tools.tracing.corpus import Corpus, sample_corpus
 from nse_tools.tracing.moments import SecondMoments
 
 

@@ -16,20 +16,10 @@ import torch
 from torch import Tensor
 
 from _machine import finish, parser, read
-from nse_tools import (
-    EditableModel,
-    EditSession,
-    FactList,
-    TargetValues,
-    compute_values,
-    load_facts,
-    load_model,
-    methods,
-    sample_contexts,
-    second_moments,
-)
+from nse_tools import EditableModel, EditSession, FactList, compute_values, load_facts, load_model, methods, sample_contexts, second_moments
 from nse_tools.metrics.forgetting import round_scores
 from nse_tools.metrics.scores import REWRITE
+from nse_tools.steps.values import TargetValues
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
 

@@ -21,7 +21,6 @@ from nse_tools import (
     Contexts,
     EditableModel,
     FactList,
-    TargetValues,
     compute_values,
     known_facts,
     load_model,
@@ -31,6 +30,7 @@ from nse_tools import (
     second_moments,
 )
 from nse_tools.methods.base import RoundInputs, Stopwatch
+from nse_tools.steps.values import TargetValues
 from nse_tools.tracing.moments import SecondMoments
 from plain import plain_round, plain_scores, plain_search
 from value_search import warm_up

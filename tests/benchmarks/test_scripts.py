@@ -14,9 +14,10 @@ import report
 import run_all
 from helpers.models import CONTEXTS, FACTS, build, moments_for
 from helpers.writing import write_values
-from nse_tools import EditableModel, Keys, collect_keys, compute_values, hidden_states, methods, score_facts, second_moments
+from nse_tools import EditableModel, collect_keys, compute_values, hidden_states, methods, score_facts, second_moments
 from nse_tools.data.bundled import world_facts
 from nse_tools.models import kernels
+from nse_tools.steps.keys import Keys
 from nse_tools.steps.preserved import PreviousKeys
 from nse_tools.tracing.corpus import Corpus
 from round import difference, engine_round

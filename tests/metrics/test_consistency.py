@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from helpers.kept import FAST, fact, session_of
-from nse_tools import Replaced
 from nse_tools.data.fact import Fact
 from nse_tools.errors import FactError
 from nse_tools.metrics.generation import GeneratedTexts, consistency, load_reference_texts, session_consistency
+from nse_tools.steps.records import Replaced
 
 FACTS = [
     Fact("a", "Rome", "{} is in", "France", relation="P17", target_new_id="Q142"),

@@ -11,12 +11,12 @@ import torch
 
 from helpers.models import CONTEXTS, FACTS, TEXT, build
 from helpers.sessions import METHOD
-from nse_tools import compute_values, load_corpus, score_facts, second_moments, values_in_batches
+from nse_tools import compute_values, load_corpus, score_facts, second_moments
 from nse_tools.errors import FactError, SettingError, StateError
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.parallel.executor import LocalExecutor
 from nse_tools.steps._value_cache import ValueCache
-from nse_tools.steps.values import TargetValues
+from nse_tools.steps.values import TargetValues, values_in_batches
 from nse_tools.tracing import moments
 
 
