@@ -21,7 +21,7 @@ bench: model           ## every benchmark, engine next to the plain implementati
 	$(BIN)/python benchmarks/run_all.py
 
 figures: .venv/ready   ## every figure of README and docs, from stored results, into docs/images; no model
-	$(BIN)/python -m nse_tools.figures.regenerate
+	$(BIN)/python -m experiments.regenerate
 
 docs: $(if $(QUICK),.venv/ready,model)  ## the documentation as a site in build/site; QUICK=1 executes no notebook
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs $(if $(QUICK),-D nb_execution_mode=off) . build/site

@@ -98,7 +98,7 @@ def demo(
     """Edit a model round after round; show and draw what was learned, kept and forgotten."""
     from nse_tools import methods
     from nse_tools.figures import run_stream, save_stream
-    from nse_tools.figures.folders import make_folder
+    from nse_tools.figures.save import make_folder
     from nse_tools.models import load_model
 
     makers = {"nse": methods.nse, "memit": methods.memit, "memit_seq": methods.memit_seq}
@@ -173,7 +173,7 @@ def known(
 ) -> None:
     """Ask a model which facts it knows by itself (the table shipped for 'world' is made by this command)."""
     from nse_tools.data import load_facts
-    from nse_tools.figures.folders import make_folder
+    from nse_tools.figures.save import make_folder
     from nse_tools.metrics import knowledge
     from nse_tools.models import load_model
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nse_tools.cli.shell import FACTS_HELP, Model, Preset, Settings, console, errors_in_one_line, numbers_of, settings_of, stream_of
+from nse_tools.errors import NSEError
 
 commands = typer.Typer(help="The paper's experiments: run them, draw them from what is stored.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A figure (nse-tools figures list), or for run also a run.")]
@@ -21,18 +25,32 @@ Folder = Annotated[Path, typer.Option("--out", help="Folder of the runs' results
 
 @commands.command("list")
 def list_() -> None:
-    """Say which figures there are, what each shows and which run it needs."""
+    """List the figures, what each shows and which run it needs; in a source checkout also the runs."""
     from nse_tools.figures.paper import FIGURES
-    from nse_tools.figures.runs import RUNS
 
     figures = Table("figure", "shows", "run", box=box.SIMPLE_HEAD)
     for figure in FIGURES.values():
         figures.add_row(figure.name, escape(figure.shows), figure.run or "–")
-    runs = Table("run", "asks", "facts", "of", "in rounds of", "seeds", box=box.SIMPLE_HEAD)
-    for run in RUNS.values():
-        runs.add_row(run.name, escape(run.asks), str(run.size.n), run.facts, str(run.size.rounds_of), str(len(run.size.seeds)))
     console.print(figures)
+    if find_spec("experiments") is None:
+        return
+    runs = Table("run", "asks", "facts", "of", "in rounds of", "seeds", box=box.SIMPLE_HEAD)
+    for run in _experiments().RUNS.values():
+        runs.add_row(run.name, escape(run.asks), str(run.size.n), run.facts, str(run.size.rounds_of), str(len(run.size.seeds)))
     console.print(runs)
+
+
+def _experiments() -> ModuleType:
+    """Return the module that makes the runs."""
+    try:
+        return import_module("experiments.runs")
+    except ModuleNotFoundError as error:
+        if error.name not in ("experiments", "experiments.runs"):
+            raise
+        raise NSEError(
+            "figures run: expected a source checkout with the folder experiments/, got an installed package. "
+            "Clone the repository, and install it with: pip install -e ."
+        ) from error
 
 
 @commands.command()
@@ -65,20 +83,20 @@ def run(
 ) -> None:
     """Run what a figure needs; a run that was killed goes on where it was."""
     from nse_tools.figures.paper import FIGURES
-    from nse_tools.figures.runs import find_run, make_run
     from nse_tools.metrics.generation import load_reference_texts
     from nse_tools.models.loading import load_model
     from nse_tools.tracing.corpus import load_corpus
 
     with errors_in_one_line():
-        chosen = find_run((FIGURES[name].run or name) if name in FIGURES else name)
+        runs_module = _experiments()
+        chosen = runs_module.find_run((FIGURES[name].run or name) if name in FIGURES else name)
         usual = chosen.paper if as_in_paper else chosen.size
         asked: dict[str, Any] = {"n": n, "rounds_of": rounds_of, "tests": tests, "contexts": contexts}
         asked |= {"seeds": None if seeds is None else tuple(numbers_of("--seeds", seeds))}
         size = replace(usual, **{name: value for name, value in asked.items() if value is not None})
         given, snippets = stream_of(facts or chosen.facts), None if references is None else load_reference_texts(references)
         loaded = load_model(model)
-        made = make_run(
+        made = runs_module.make_run(
             chosen.name,
             loaded,
             given,
@@ -105,8 +123,8 @@ def draw(
     form: Annotated[str, typer.Option("--as", help="'html', or 'png', 'svg', 'pdf' where a browser is found.")] = "html",
 ) -> None:
     """Draw a figure from stored results, with its table as CSV beside it; no model is loaded."""
-    from nse_tools.figures.folders import make_folder
     from nse_tools.figures.paper import draw_figure
+    from nse_tools.figures.save import make_folder
     from nse_tools.plots.exporting import export
 
     with errors_in_one_line():

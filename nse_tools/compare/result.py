@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from nse_tools._repr import table_html
-from nse_tools.compare.store import Cell, ComparisonFolder
+from nse_tools.compare.store import Cell, Place, open_results, read_cells, read_manifest
 from nse_tools.errors import SettingError, nearest
 from nse_tools.metrics.forgetting import ForgettingMatrix, matrix_of
 from nse_tools.metrics.scores import SCORED, ZSRE_SCORED, harmonic_mean
@@ -247,21 +247,21 @@ def _number(value: float) -> str:
     return "–" if value != value else f"{value:.1f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
-def load_comparison(folder: str | Path) -> Comparison:
+def load_comparison(folder: str | Place) -> Comparison:
     """Read all finished cells of a comparison from its folder; no model is needed.
 
     Parameters
     ----------
-    folder : str or Path
-        The folder that was given to :func:`compare`.
+    folder : str, Path or zipfile.Path
+        The folder that was given to :func:`compare`, or where a zip file of its contents is: ``<folder>.zip``.
 
     Raises
     ------
     SettingError
         If there is no comparison, no finished cell, or a cell is damaged.
     """
-    store = ComparisonFolder(folder)
-    return Comparison.of(store.cells(), store.about())
+    place = open_results(folder) if isinstance(folder, str | Path) else folder
+    return Comparison.of(read_cells(place), read_manifest(place))
 
 
 def _key(cell: Cell) -> tuple[str, int]:

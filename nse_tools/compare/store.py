@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, field, fields
@@ -23,6 +25,8 @@ from nse_tools.models.files import alone_at, digest_of_bytes, write_durably, wri
 
 _log = logging.getLogger(__name__)
 MANIFEST, ABOUT, SCORES, ROUNDS = "comparison.json", "cell.json", "scores", "rounds"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged file, or one within a damaged zip file, raises."""
 COLLECTED = ("methods", "commands")
 """Entries of the manifest to which a comparison that goes on adds its own."""
 RECORDED = (*COLLECTED, "model", "machine")
@@ -60,6 +64,28 @@ class Cell:
     def name(self) -> str:
         """The method's name."""
         return str(self.method["name"])
+
+
+Place = Path | zipfile.Path
+"""A folder of results, or a folder inside a zip file."""
+
+
+def open_results(folder: str | Path) -> Place:
+    """Return a folder of results; where there is none, the contents of ``<folder>.zip``.
+
+    Raises
+    ------
+    SettingError
+        If that file is not a readable zip file.
+    """
+    place = Path(folder)
+    archive = place if place.suffix == ".zip" else place.with_name(f"{place.name}.zip")
+    if place.is_dir() or not archive.is_file():
+        return place
+    try:
+        return zipfile.Path(archive)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise SettingError(f"{archive}: expected a zip file of results, got a damaged one ({error}). Take a fresh copy.") from error
 
 
 class ComparisonFolder:
@@ -105,13 +131,7 @@ class ComparisonFolder:
         SettingError
             If there is none, or it cannot be read.
         """
-        try:
-            about: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise SettingError(f"{self.path} holds no comparison: it has no {MANIFEST}.") from None
-        except ValueError as wrong:
-            raise SettingError(f"{self.path / MANIFEST} cannot be read: {wrong}") from wrong
-        return about
+        return read_manifest(self.path)
 
     # ---- inputs of a seed --------------------------------------------------------------------------------------------
     def inputs(self, seed: int) -> dict[str, Any] | None:
@@ -173,9 +193,7 @@ class ComparisonFolder:
 
     def cells(self) -> list[Cell]:
         """Return all finished cells, in the order of the methods in the manifest and of the seeds."""
-        order = {name: number for number, name in enumerate(self.about()["methods"])}
-        found = [_read(file.parent) for file in (self.path / "cells").glob(f"*/{ABOUT}")]
-        return sorted(found, key=lambda cell: (order.get(cell.name, len(order)), cell.name, cell.seed))
+        return read_cells(self.path)
 
     def unfinished(self, name: str, seed: int) -> Path:
         """Return where a cell is kept while it is being made."""
@@ -193,6 +211,40 @@ class ComparisonFolder:
 
     def __repr__(self) -> str:
         return f"ComparisonFolder({str(self.path)!r})"
+
+
+def read_manifest(place: Place) -> dict[str, Any]:
+    """Return the manifest of a comparison.
+
+    Raises
+    ------
+    SettingError
+        If there is none, or it cannot be read.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingError(f"{place} holds no comparison: it has no {MANIFEST}.") from None
+    except UNREADABLE as error:
+        raise SettingError(f"{place / MANIFEST} cannot be read: {error}") from error
+    return manifest
+
+
+def read_cells(place: Place) -> list[Cell]:
+    """Return the finished cells of a comparison, in the order of the methods in the manifest and of the seeds."""
+    order = {name: number for number, name in enumerate(read_manifest(place)["methods"])}
+    cells = [_read(cell) for cell in _finished(place)]
+    return sorted(cells, key=lambda cell: (order.get(cell.name, len(order)), cell.name, cell.seed))
+
+
+def has_cells(place: Place) -> bool:
+    """Whether a folder holds a finished cell."""
+    return bool(_finished(place))
+
+
+def _finished(place: Place) -> list[Place]:
+    folder = place / "cells"
+    return [cell for cell in folder.iterdir() if (cell / ABOUT).is_file()] if folder.is_dir() else []
 
 
 def check_names(also: Mapping[str, Any]) -> None:
@@ -260,7 +312,7 @@ def write_tables(place: Path, tables: Mapping[str, pd.DataFrame], about: Mapping
     write_folder_durably(place, {**files, ABOUT: _json({**about, "files": digests}).encode()})
 
 
-def read_tables(place: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+def read_tables(place: Place) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     """Read what :func:`write_tables` wrote: what is said, and the tables.
 
     Raises
@@ -273,11 +325,11 @@ def read_tables(place: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
         if changed := [name for name, digest in about["files"].items() if digest_of_bytes((place / name).read_bytes()) != digest]:
             raise ValueError(f"{', '.join(changed)} changed since it was written")
         return about, {Path(name).stem: read_table(place / name) for name in about["files"]}
-    except (OSError, ValueError, KeyError, TypeError) as wrong:
+    except UNREADABLE as wrong:
         raise _damaged(place, wrong) from wrong
 
 
-def _read(place: Path) -> Cell:
+def _read(place: Place) -> Cell:
     about, tables = read_tables(place)
     try:
         return Cell(about["method"], about["seed"], tables.pop(SCORES), tables.pop(ROUNDS), about["stopped"], tables)
@@ -285,14 +337,15 @@ def _read(place: Path) -> Cell:
         raise _damaged(place, wrong) from wrong
 
 
-def _damaged(place: Path, wrong: Exception) -> SettingError:
+def _damaged(place: Place, wrong: Exception) -> SettingError:
     return SettingError(f"The cell in {place} is damaged ({wrong}). Delete that folder; a rerun makes it again.")
 
 
-def read_table(file: Path, texts: Sequence[str] = ("fact",)) -> pd.DataFrame:
+def read_table(file: Place, texts: Sequence[str] = ("fact",)) -> pd.DataFrame:
     """Read a table: ids like "NA" and "007" stay what they are, in all columns that hold texts, and numbers come back bit for bit."""
     kinds = dict.fromkeys(texts, str)
-    return pd.read_csv(file, dtype=kinds, keep_default_na=False, na_values=[""], float_precision="round_trip", encoding="utf-8")
+    with file.open("rb") as data:
+        return pd.read_csv(data, dtype=kinds, keep_default_na=False, na_values=[""], float_precision="round_trip", encoding="utf-8")
 
 
 def _differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> str:

@@ -1,8 +1,10 @@
-"""A long sequence of rounds as small tidy files, and read again from them without a model: what was forgotten, when, beside what."""
+"""Keep what a long sequence of rounds did to its facts in one small file, and read it again without a model."""
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,46 +14,43 @@ import numpy as np
 import pandas as pd
 
 from nse_tools._repr import table_html
-from nse_tools.compare.store import read_table
+from nse_tools.compare.store import UNREADABLE, read_table
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StorageError, nearest
-from nse_tools.figures._provenance import settings_of
-from nse_tools.figures.folders import make_folder
+from nse_tools.figures.save import make_folder, settings_of
 from nse_tools.metrics.forgetting import ForgettingMatrix, matrix_of, round_perplexity, round_scores
 from nse_tools.metrics.forgotten_facts import ForgottenFacts, forgotten_facts, statuses
 from nse_tools.metrics.scores import REWRITE
 from nse_tools.metrics.update_spectra import update_spectra
-from nse_tools.models.files import digest_of_bytes, write_durably
+from nse_tools.models.files import write_durably
 
 MEASURES = {"efficacy": "success", "efficacy_accuracy": "accuracy"}
 _TABLES = ("facts", "answers", "effects", "rounds", "weights")
 _TEXTS = ("fact", "text", "argmax", "nearest")
 """Columns of the tables that hold texts, whatever they look like."""
-_DIGESTS = "files"
-"""Under this the settings' file tells the digests of the tables; older ones do not have it."""
 
 
 @dataclass(frozen=True)
 class LongSequence:
-    """What a long sequence of rounds did to its facts, as tables.
+    """Tables of what a long sequence of rounds did to its facts.
 
     Parameters
     ----------
     name : str
-        Of the run; its files begin with it.
+        Name of the run and of its file.
     facts : DataFrame
-        One row a fact and round it was edited in: ``fact``, ``edited_in_round``, ``text``.
+        One row per fact and round it was edited in: ``fact``, ``edited_in_round``, ``text``.
     answers : DataFrame
-        One row a round t and fact edited up to then: ``after_round``, ``edited_in_round``, ``fact``; of the fact's own prompt
+        One row per round t and fact edited up to then: ``after_round``, ``edited_in_round``, ``fact``; of the fact's own prompt
         after round t ``p_new`` and ``p_true`` (geometric means over the target's tokens), ``argmax`` (the likeliest first token),
         ``success`` (p_new > p_true) and ``accuracy`` (every token of the new target is the argmax), 0 or 1.
     effects : DataFrame
-        One row a fact and later round, means over layers (:meth:`ForgottenFacts.by_round`).
+        One row per fact and later round, means over layers (:meth:`ForgottenFacts.by_round`).
     rounds : DataFrame
-        One row a round: :meth:`EditSession.to_frame`, ``steps`` (mean of the value search), ``perplexity`` after it
+        One row per round: :meth:`EditSession.to_frame`, ``steps`` (mean of the value search), ``perplexity`` after it
         (missing if it was not taken).
     weights : DataFrame
-        One row a round and edited layer (:meth:`UpdateSpectra.to_frame`).
+        One row per round and edited layer (:meth:`UpdateSpectra.to_frame`).
     settings : dict
         All that the run depends on, and the command that made it.
     """
@@ -75,23 +74,23 @@ class LongSequence:
         session : EditSession
             The session, of one round at least.
         name : str
-            What its files are called.
+            Name of the run and of its file.
         command : sequence of str
-            The commands that made it, one after another, for the settings.
+            The commands that made it, for the settings.
         notes : str
-            What else there is to say about how it was made, for the settings.
+            How else it was made, for the settings.
         with_perplexity : bool
-            Whether the shipped passages are read after every round.
+            Whether the perplexity of the shipped passages is taken after every round.
         """
         answers = pd.concat([_answers(session, t) for t in range(1, len(session) + 1)], ignore_index=True)
         rounds = session.to_frame().assign(
             steps=[done.values.to_frame().steps.mean() for done in session],
             perplexity=[round_perplexity(session, done.number) if with_perplexity else np.nan for done in session],
         )
-        lost = forgotten_facts(session, matrix=answers_matrix(answers, "efficacy_accuracy"))  # which every fact has
-        facts = lost.facts[["fact", "edited_in_round", "text"]]
+        forgotten = forgotten_facts(session, matrix=answers_matrix(answers, "efficacy_accuracy"))  # which every fact has
+        facts = forgotten.facts[["fact", "edited_in_round", "text"]]
         settings = {"command": list(command), "notes": notes, **settings_of(session)}
-        return cls(name, facts, answers, lost.by_round(), rounds, update_spectra(session).to_frame(), settings)
+        return cls(name, facts, answers, forgotten.by_round(), rounds, update_spectra(session).to_frame(), settings)
 
     @property
     def n_rounds(self) -> int:
@@ -108,12 +107,12 @@ class LongSequence:
         """
         return answers_matrix(self.answers, measure)
 
-    def lost(self, measure: str = "efficacy") -> ForgottenFacts:
-        """Return which facts were lost and when, and what later rounds did at their keys.
+    def forgotten(self, measure: str = "efficacy") -> ForgottenFacts:
+        """Return which facts were forgotten and when, and what later rounds did at their keys.
 
-        Of ``effects`` the means over layers were kept, which stand there as the layer −1.
+        Effects are means over layers, given as the layer −1.
         """
-        return lost_of(self.facts, self.answers, self.effects, measure)
+        return forgotten_of(self.facts, self.answers, self.effects, measure)
 
     def fact(self, fact: str) -> pd.DataFrame:
         """Return one fact's answers through the rounds, with what each round did at its key.
@@ -123,14 +122,14 @@ class LongSequence:
         SettingError
             If the fact was not edited.
         """
-        own = self.answers[self.answers.fact == fact]
-        if own.empty:
+        answers = self.answers[self.answers.fact == fact]
+        if answers.empty:
             raise SettingError(f"fact={fact!r}: it was not edited in this sequence.{nearest(fact, self.answers.fact.unique())}")
-        did = self.effects.rename(columns={"round": "after_round"})
-        return own.merge(did, on=["fact", "edited_in_round", "after_round"], how="left").drop(columns="fact")
+        effects = self.effects.rename(columns={"round": "after_round"})
+        return answers.merge(effects, on=["fact", "edited_in_round", "after_round"], how="left").drop(columns="fact")
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a round: facts so far, share that holds by either measure, perplexity, ‖ΔW‖."""
+        """Return one row per round: facts so far, share that holds by either measure, perplexity, ‖ΔW‖."""
         means = self.answers.groupby("after_round")[list(MEASURES.values())].mean() * 100
         counts = self.answers.groupby("after_round").fact.size()
         table = self.rounds.set_index("round")[["perplexity", "norm_update"]]
@@ -139,52 +138,47 @@ class LongSequence:
             table.insert(number, measure, means[column])
         return table.reset_index()
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write ``<name>_facts.csv``, ``_answers.csv``, ``_effects.csv``, ``_rounds.csv``, ``_weights.csv`` and ``<name>.json``.
+    def save(self, folder: str | Path) -> Path:
+        """Write ``<name>.zip`` with ``facts.csv``, ``answers.csv``, ``effects.csv``, ``rounds.csv``, ``weights.csv`` and ``settings.json``.
 
-        Numbers are rounded to five digits; returned are the files. Each is there entirely or not at all; the last, the settings, holds
-        the digests of the others, so that a sequence that was written over another one and not finished is told from both.
+        Numbers are rounded to five digits. The file is there entirely or not at all.
 
         Raises
         ------
         StorageError
-            If they cannot be written.
+            If it cannot be written.
         """
-        place = make_folder(folder)
-        files = {place / f"{self.name}_{table}.csv": _csv(getattr(self, table)) for table in _TABLES}
-        digests = {file.name: digest_of_bytes(data) for file, data in files.items()}
-        about = json.dumps({**self.settings, _DIGESTS: digests}, ensure_ascii=False, indent=1) + "\n"
-        files[place / f"{self.name}.json"] = about.encode()
+        file = make_folder(folder) / f"{self.name}.zip"
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            for table in _TABLES:
+                text = getattr(self, table).to_csv(index=False, float_format="%.5g", lineterminator="\n")
+                archive.writestr(_member(f"{table}.csv"), text)
+            archive.writestr(_member("settings.json"), json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
         try:
-            for file, data in files.items():
-                write_durably(file, data)
-        except OSError as wrong:
-            raise StorageError(f"The sequence {self.name!r} cannot be written: {wrong}. Make room, or give another folder.") from wrong
-        return list(files)
+            write_durably(file, packed.getvalue())
+        except OSError as error:
+            raise StorageError(f"{file} cannot be written: {error}. Make room, or give another folder.") from error
+        return file
 
     @classmethod
     def load(cls, folder: str | Path, name: str) -> LongSequence:
-        """Read a sequence from its files; no model is needed.
+        """Read a sequence from its file; no model is needed.
 
         Raises
         ------
         StorageError
-            If a file is missing, cannot be read, or is not what was written together with the others.
+            If the file is missing or damaged.
         """
-        place = Path(folder)
-        files = {table: place / f"{name}_{table}.csv" for table in _TABLES} | {"settings": place / f"{name}.json"}
-        if missing := [file.name for file in files.values() if not file.exists()]:
-            raise StorageError(f"{place} does not hold the sequence {name!r}: {', '.join(missing)} missing.")
+        file = Path(folder) / f"{name}.zip"
+        if not file.is_file():
+            raise StorageError(f"{file}: expected the file of a sequence, got none. Save the sequence there, or give another folder.")
         try:
-            settings = json.loads(files["settings"].read_text(encoding="utf-8"))
-            digests = settings.pop(_DIGESTS, {})
-            if changed := [file for file, digest in digests.items() if digest_of_bytes((place / file).read_bytes()) != digest]:
-                raise ValueError(f"{', '.join(changed)} changed since it was written, or the writing was broken off")
-            tables = {table: read_table(files[table], _TEXTS) for table in _TABLES}
-        except (OSError, ValueError, AttributeError) as wrong:
-            raise StorageError(
-                f"The sequence {name!r} in {place} is damaged ({wrong}). Save it again, or take a copy of all its files."
-            ) from wrong
+            place = zipfile.Path(file)
+            settings = json.loads((place / "settings.json").read_text(encoding="utf-8"))
+            tables = {table: read_table(place / f"{table}.csv", _TEXTS) for table in _TABLES}
+        except UNREADABLE as error:
+            raise StorageError(f"{file}: expected the file of a sequence, got a damaged one ({error}). Take a fresh copy.") from error
         tables["answers"] = tables["answers"].fillna({"argmax": ""})
         return cls(name, **tables, settings=settings)
 
@@ -199,21 +193,24 @@ class LongSequence:
         return table_html(self.to_frame(), head=self)
 
 
-def _csv(table: pd.DataFrame) -> bytes:
-    return table.to_csv(index=False, float_format="%.5g", lineterminator="\n").encode()
+def _member(name: str) -> zipfile.ZipInfo:
+    """Return the entry of a file in the archive, without a date, so that equal results are equal files."""
+    entry = zipfile.ZipInfo(name)
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    return entry
 
 
 def _answers(session: EditSession, round: int) -> pd.DataFrame:
     prompts = round_scores(session, round, kinds=(REWRITE,)).prompts.set_index("fact")
     rows = [(round, number, fact.id) for number, batch in enumerate(session.facts_at(round), start=1) for fact in batch]
     table = pd.DataFrame(rows, columns=["after_round", "edited_in_round", "fact"])
-    found = prompts.loc[table.fact].reset_index(drop=True)
+    scores = prompts.loc[table.fact].reset_index(drop=True)
     return table.assign(
-        p_new=np.exp(-found.nll_new),
-        p_true=np.exp(-found.nll_true),
-        argmax=[session.model.tokenizer.decode([token]) for token in found.argmax],
-        success=found.success,
-        accuracy=found.accuracy,
+        p_new=np.exp(-scores.nll_new),
+        p_true=np.exp(-scores.nll_true),
+        argmax=[session.model.tokenizer.decode([token]) for token in scores.argmax],
+        success=scores.success,
+        accuracy=scores.accuracy,
     )
 
 
@@ -225,7 +222,7 @@ def answers_matrix(answers: pd.DataFrame, measure: str = "efficacy") -> Forgetti
     return matrix_of(per_fact, measure)
 
 
-def lost_of(facts: pd.DataFrame, answers: pd.DataFrame, effects: pd.DataFrame, measure: str = "efficacy") -> ForgottenFacts:
-    """Return the statuses that a sequence's tables tell (:meth:`LongSequence.lost`)."""
+def forgotten_of(facts: pd.DataFrame, answers: pd.DataFrame, effects: pd.DataFrame, measure: str = "efficacy") -> ForgottenFacts:
+    """Return the statuses of the facts in a sequence's tables (:meth:`LongSequence.forgotten`)."""
     texts = {(str(f), int(s)): str(text) for f, s, text in zip(facts.fact, facts.edited_in_round, facts.text, strict=True)}
     return ForgottenFacts(measure, statuses(answers_matrix(answers, measure), texts), effects.assign(layer=-1))

@@ -1,4 +1,4 @@
-"""The paper's figures, each drawn from the stored results of a run (:mod:`nse_tools.figures.runs`), in seconds and without a model."""
+"""Draw the paper's figures from the stored results of runs, in seconds and without a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from nse_tools import plots
+from nse_tools.compare.result import Comparison, load_comparison
+from nse_tools.compare.store import has_cells, open_results
 from nse_tools.errors import SettingError, nearest
-from nse_tools.figures.paper_tables import (
+from nse_tools.figures.tables import (
     NEIGHBORS,
     Parts,
     disturbed_table,
@@ -35,7 +37,6 @@ from nse_tools.figures.paper_tables import (
     told_table,
     variants_table,
 )
-from nse_tools.figures.runs import load_run
 
 _THREE = ("score", "efficacy_accuracy", "specificity")
 _FOUR = ("score", "efficacy_accuracy", "generalization", "specificity")
@@ -77,6 +78,32 @@ def find_figure(name: str) -> PaperFigure:
     if name not in FIGURES:
         raise SettingError(f"There is no figure {name!r}.{nearest(name, FIGURES)} Known: {', '.join(FIGURES)}.")
     return FIGURES[name]
+
+
+def load_run(name: str, folder: str | Path = "runs/figures") -> dict[str, Comparison]:
+    """Read what is there of a run, by part; no model is needed.
+
+    Parameters
+    ----------
+    name : str
+        A run that a figure is drawn from (``nse-tools figures list``).
+    folder : str or Path
+        Holds the run as a folder ``<name>`` or a file ``<name>.zip``.
+
+    Raises
+    ------
+    SettingError
+        If there is no such run, or the folder holds nothing of it.
+    """
+    runs = dict.fromkeys(figure.run for figure in FIGURES.values() if figure.run)
+    if name not in runs:
+        raise SettingError(f"There is no run {name!r}.{nearest(name, runs)} Known: {', '.join(runs)}.")
+    place = open_results(Path(folder) / name)
+    parts = sorted(place.iterdir(), key=lambda part: part.name) if place.is_dir() else []
+    found = [part for part in parts if has_cells(part)]  # a part may just have been begun
+    if not found:
+        raise SettingError(f"{place} holds nothing of the run {name!r}. Run it first: nse-tools figures run {name}.")
+    return {part.name: load_comparison(part) for part in found}
 
 
 def draw_figure(name: str, folder: str | Path = "runs/figures") -> tuple[go.Figure, pd.DataFrame]:

@@ -16,7 +16,7 @@ from nse_tools._repr import table_html
 from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import StorageError
-from nse_tools.figures.folders import make_folder
+from nse_tools.figures.save import make_folder
 from nse_tools.metrics.forgetting import ForgettingMatrix, forgetting_matrix, session_scores, usual_measure
 
 _STYLE = """
