@@ -1,7 +1,7 @@
 # The verbs of this project. Each does its whole set-up itself; run again, it takes seconds to start.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := nse_tools tests benchmarks notebooks $(wildcard experiments) docs/conf.py
+SOURCES := nse_tools experiments tests benchmarks notebooks docs/conf.py
 
 .PHONY: demo check test test-long bench figures docs lab lint model clean
 

@@ -54,7 +54,9 @@ class Maker:
 
     def __call__(self, method: str, **changed: Any) -> Method:
         """Return a method by its name; what is changed for it comes last."""
-        return methods.get(method, common=self.settings, preset=self.preset, **changed)
+        given = {name: value for name, value in self.settings.items() if name == "layers"} | changed  # without a preset these come first
+        common = {name: value for name, value in self.settings.items() if name not in given}
+        return methods.get(method, common=common, preset=self.preset, **given)
 
     def each(self, names: Iterable[str]) -> tuple[Method, ...]:
         """Return methods by their names; :data:`RECIPE` is among them only if the preset has one."""

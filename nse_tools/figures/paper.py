@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from nse_tools import plots
 from nse_tools.compare.result import Comparison, load_comparison
-from nse_tools.compare.store import has_cells, open_results
+from nse_tools.compare.store import Place, has_cells, open_results
 from nse_tools.errors import SettingError, nearest
 from nse_tools.figures.tables import (
     NEIGHBORS,
@@ -99,8 +99,8 @@ def load_run(name: str, folder: str | Path = "runs/figures") -> dict[str, Compar
     if name not in runs:
         raise SettingError(f"There is no run {name!r}.{nearest(name, runs)} Known: {', '.join(runs)}.")
     place = open_results(Path(folder) / name)
-    parts = sorted(place.iterdir(), key=lambda part: part.name) if place.is_dir() else []
-    found = [part for part in parts if has_cells(part)]  # a part may just have been begun
+    parts: list[Place] = [*place.iterdir()] if place.is_dir() else []
+    found = sorted((part for part in parts if has_cells(part)), key=lambda part: part.name)  # a part may just have been begun
     if not found:
         raise SettingError(f"{place} holds nothing of the run {name!r}. Run it first: nse-tools figures run {name}.")
     return {part.name: load_comparison(part) for part in found}

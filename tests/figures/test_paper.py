@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from experiments.runs import RUNS, RunSize, make_run
 from helpers.paper import FACTS, SETTINGS, SIZES
 from nse_tools import plots
 from nse_tools.cli import app
@@ -21,9 +22,8 @@ from nse_tools.compare.store import Cell
 from nse_tools.data.fact import Question
 from nse_tools.data.fact_list import FactList
 from nse_tools.errors import SettingError
-from nse_tools.figures.paper import FIGURES, draw_figure
-from nse_tools.figures.paper_tables import disturbed_table, long_table, main_table, reported, times_table
-from nse_tools.figures.runs import RUNS, RunSize, load_run, make_run
+from nse_tools.figures.paper import FIGURES, draw_figure, load_run
+from nse_tools.figures.tables import disturbed_table, long_table, main_table, reported, times_table
 from nse_tools.metrics.scores import harmonic_mean
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.plots.disturbance import areas_within_rounds, disturbance

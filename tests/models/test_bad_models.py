@@ -13,8 +13,8 @@ from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import ModelError, SettingError, StorageError
-from nse_tools.figures.demo import StreamResult, save_stream
 from nse_tools.figures.report import session_report
+from nse_tools.figures.save import StreamResult, save_stream
 from nse_tools.metrics.forgetting import matrix_of
 from nse_tools.models import embedded
 from nse_tools.models.loading import load_model

@@ -19,8 +19,8 @@ from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError
-from nse_tools.figures import demo
-from nse_tools.figures.demo import StreamResult, run_stream, save_stream
+from nse_tools.figures import save
+from nse_tools.figures.save import StreamResult, run_stream, save_stream
 from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
 
@@ -74,7 +74,7 @@ def test_facts_without_a_true_target_are_measured_by_their_accuracy(monkeypatch:
     def opened(model: EditableModel, method: Method, **options: object) -> EditSession:
         return EditSession(model, method, contexts=CONTEXTS, moments=moments_for(model, (1,)), value_cache=False, **options)
 
-    monkeypatch.setattr(demo, "EditSession", opened)
+    monkeypatch.setattr(save, "EditSession", opened)
     facts = FactList([Fact("a", "Paris", "{} is in", "Italy"), Fact("b", "Berlin", "{} is in", "Japan")])
     found = run_stream(build("llama", "bos"), facts, method, rounds_of=1, progress=False)
     assert found.forgetting.measure == "efficacy_accuracy"

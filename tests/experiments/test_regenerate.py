@@ -11,11 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
+from experiments.regenerate import PANELS, STORED, figure_data, main, read_data, regenerate
 from nse_tools import plots
-from nse_tools.compare.store import Cell, ComparisonFolder
 from nse_tools.errors import NSEError, SettingError
 from nse_tools.figures.paper import FIGURES
-from nse_tools.figures.regenerate import RECIPES, compared, figure_data, main, regenerate
 
 ROOT = Path(__file__).parents[2]
 RESULTS, IMAGES = ROOT / "docs" / "results", ROOT / "docs" / "images"
@@ -32,22 +31,22 @@ def same(found: object, stored: object) -> bool:
     return found == stored
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("name", list(STORED))
 def test_the_stored_figure_is_that_of_the_stored_results(name: str) -> None:
-    stored = json.loads((IMAGES / f"{name}.json").read_text(encoding="utf-8"))
-    assert stored.pop("reads") == RECIPES[name].sources(RESULTS), f"make figures: {name} was drawn from other results"
-    assert same(json.loads(json.dumps(figure_data(RECIPES[name].figure(RESULTS)))), stored), f"make figures: {name} is drawn otherwise now"
+    stored = dict(read_data(IMAGES)[name])
+    assert stored.pop("reads") == STORED[name].sources(RESULTS), f"make figures: {name} was drawn from other results"
+    assert same(json.loads(json.dumps(figure_data(STORED[name].figure(RESULTS)))), stored), f"make figures: {name} is drawn otherwise now"
     assert (IMAGES / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_every_picture_shown_is_regenerated_and_every_one_stored_has_a_recipe() -> None:
+def test_every_picture_shown_is_regenerated_and_every_one_stored_is_shown() -> None:
     shown = set()
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         shown |= {Path(target).stem for target in re.findall(r"images/([\w.-]+\.png)", page.read_text(encoding="utf-8"))}
-    assert shown == set(RECIPES)
-    # single panels of sequence_measures
-    assert set(FIGURES) - shown == {"sequence_score", "sequence_generalization", "sequence_specificity"}
-    assert {p.stem for p in IMAGES.iterdir()} == set(RECIPES)
+    assert shown == set(STORED)
+    assert set(FIGURES) - shown == set(PANELS)
+    assert {p.name for p in IMAGES.iterdir()} == {"figures.json", *(f"{name}.png" for name in STORED)}
+    assert set(read_data(IMAGES)) == set(STORED)
 
 
 def test_the_gallery_names_every_plot() -> None:
@@ -69,31 +68,11 @@ def test_a_changed_result_changes_figure_and_hash(tmp_path: Path) -> None:
     table.loc[5, "score"] = 12.5
     table.to_csv(file, index=False)
     written = regenerate(tmp_path / "results", tmp_path / "out", ["world_scores"], pictures=False)
-    assert [f.name for f in written] == ["world_scores.json"]
-    new, old = (json.loads((folder / "world_scores.json").read_text()) for folder in (tmp_path / "out", IMAGES))
+    assert [f.name for f in written] == ["figures.json"]
+    new, old = (read_data(folder)["world_scores"] for folder in (tmp_path / "out", IMAGES))
     assert 12.5 in new["data"][0]["y"]
     assert new["reads"]["world_nse.csv"] != old["reads"]["world_nse.csv"]
     assert new["reads"]["world_memit.csv"] == old["reads"]["world_memit.csv"]
-
-
-def test_a_comparison_needs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ComparisonFolder.open(tmp_path / "comparison", {"methods": ["nse", "memit"]})
-    for i, method in enumerate(("nse", "memit")):
-        scores = [(t, 1, "a", *[90.0 - t - i] * 3) for t in (0, 1, 2)]
-        rounds = pd.DataFrame([(t, 20 * t, 40.0) for t in (0, 1, 2)], columns=["round", "edits", "perplexity"])
-        columns = ["round", "edited_in_round", "fact", "efficacy", "generalization", "specificity"]
-        store.write(Cell({"name": method}, 0, pd.DataFrame(scores, columns=columns), rounds))
-    monkeypatch.setitem(RECIPES, "comparison_score", compared("score"))
-    (file,) = regenerate(tmp_path, tmp_path, ["comparison_score"], pictures=False)
-    drawn = json.loads(file.read_text())
-    assert [(t["name"], t["y"]) for t in drawn["data"]] == [("nse", pytest.approx([89, 88])), ("memit", pytest.approx([88, 87]))]
-    files = ("cell.json", "rounds.csv", "scores.csv")
-    assert sorted(drawn["reads"]) == [
-        *(f"comparison/cells/{m}-seed0/{f}" for m in ("memit", "nse") for f in files),
-        "comparison/comparison.json",
-    ]
-    with pytest.raises(SettingError, match="holds no comparison"):
-        regenerate(tmp_path / "elsewhere", tmp_path, ["comparison_score"], pictures=False)
 
 
 def test_no_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,18 +80,20 @@ def test_no_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("a model was made")
 
     monkeypatch.setattr(torch.nn.Module, "__init__", refuse)
-    assert len(regenerate(RESULTS, tmp_path, pictures=False)) == len(RECIPES)
+    regenerate(RESULTS, tmp_path, ["world_scores", "forgetting_lost", "ablation"], pictures=False)
+    regenerate(RESULTS, tmp_path, ["reported"], pictures=False)
+    assert set(read_data(tmp_path)) == {"world_scores", "forgetting_lost", "ablation", "reported"}
 
 
 def test_the_shell_writes_the_data_and_says_errors_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["world_scores", "--results", str(RESULTS), "--out", str(tmp_path), "--no-pictures"]) == 0
-    assert (tmp_path / "world_scores.json").exists()
+    assert set(read_data(tmp_path)) == {"world_scores"}
     assert main(["world_scors", "--results", str(RESULTS)]) == 2
     assert "Did you mean 'world_scores'" in caplog.text
     assert main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 2
-    assert "should be the folder of stored results" in caplog.text
+    assert "expected the folder of stored results" in caplog.text
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     assert left.value.code == 0
@@ -123,11 +104,11 @@ def test_where_pictures_cannot_be_drawn_the_data_stay_those_of_the_old_ones(tmp_
     def fail(*_: object, **__: object) -> None:
         raise NSEError("no browser")
 
-    (tmp_path / "world_scores.json").write_text("{}")
+    (tmp_path / "figures.json").write_text("{}")
     monkeypatch.setattr(plots, "export_all", fail)
     with pytest.raises(NSEError, match="no browser"):
         regenerate(RESULTS, tmp_path, ["world_scores"])
-    assert (tmp_path / "world_scores.json").read_text() == "{}"
+    assert (tmp_path / "figures.json").read_text() == "{}"
 
 
 def test_missing_results_are_named(tmp_path: Path) -> None:

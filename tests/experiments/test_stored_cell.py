@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.runs import RUNS, make_run, variant_name
 from nse_tools import methods
 from nse_tools.compare.result import Comparison
-from nse_tools.compare.store import ComparisonFolder
 from nse_tools.data.bundled import world_by_knowledge
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
-from nse_tools.figures.runs import RUNS, load_run, make_run, variant_name
+from nse_tools.figures.paper import load_run
 from nse_tools.metrics.forgetting import round_scores
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing.contexts import Contexts
@@ -43,7 +44,8 @@ def compare_scores(found: pd.DataFrame, stored: pd.DataFrame, measures: list[str
 
 def made_again(name: str, results: Path, model: EditableModel, folder: Path, **options: Any) -> dict[str, Comparison]:
     """Make a run's cells anew from its stored contexts and text for C; compare the scores with the stored ones."""
-    shutil.copytree(results / name, folder / name, ignore=shutil.ignore_patterns("cells"))
+    with zipfile.ZipFile(results / f"{name}.zip") as archive:
+        archive.extractall(folder / name, [member for member in archive.namelist() if "/cells/" not in member])
     again = make_run(name, model, world_by_knowledge(), folder, progress=False, **options)
     for part, made in again.items():
         assert list((folder / name / part / "cells").iterdir())
@@ -56,8 +58,8 @@ def made_again(name: str, results: Path, model: EditableModel, folder: Path, **o
 def test_the_first_round_of_a_stored_cell_made_again_gives_the_same_numbers(smollm: EditableModel) -> None:
     there = load_run("ablation", STORED)["ablation"]
     name = variant_name("original", True, 0.8, 2)
-    inputs = ComparisonFolder(STORED / "ablation" / "ablation").inputs(seed := there.seeds[0])
-    assert inputs is not None
+    seed = there.seeds[0]
+    inputs = json.loads((zipfile.Path(STORED / "ablation.zip") / "ablation" / "seeds" / f"seed{seed}.json").read_text(encoding="utf-8"))
     method = methods.from_dict(there.methods[name])
     text = Corpus(tuple(tuple(map(int, ids.split())) for ids in inputs["text"]), inputs["source"])
     session = EditSession(

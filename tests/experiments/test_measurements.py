@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from experiments import measurements
 from helpers.paper import FACTS, SETTINGS
 from nse_tools import methods, plots
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
-from nse_tools.figures import measurements
-from nse_tools.figures.runs import load_run
+from nse_tools.figures.paper import load_run
 from nse_tools.metrics.generation import consistency, fluency, generate_texts, load_reference_texts
 from nse_tools.metrics.scores import score_facts
 from nse_tools.models.editable_model import EditableModel
