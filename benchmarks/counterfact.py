@@ -16,7 +16,7 @@ from rich.console import Console
 
 from nse_tools import load_facts, load_model, methods
 from nse_tools.cli import score_table
-from nse_tools.figures.demo import run_stream, save_stream
+from nse_tools.figures.save import run_stream, save_stream
 
 
 def main() -> None:

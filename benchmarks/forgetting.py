@@ -48,8 +48,8 @@ def measure(chosen: argparse.Namespace) -> None:
     session = EditSession.load(chosen.sessions / name, load_model(), upto=chosen.rounds, progress=False)
     told = f"--method {chosen.method} --rounds {len(session)}" + (f" --values-under {chosen.values_under}" if chosen.values_under else "")
     made = f"python benchmarks/forgetting.py edit {told} --of {chosen.of} --stop-at {chosen.stop_at} --seed {session.seed}"
-    for file in LongSequence.of(session, name, [made, f"python benchmarks/forgetting.py measure {told}"]).save(chosen.out):
-        _log.info("%s, %d bytes", file, file.stat().st_size)
+    file = LongSequence.of(session, name, [made, f"python benchmarks/forgetting.py measure {told}"]).save(chosen.out)
+    _log.info("%s, %d bytes", file, file.stat().st_size)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Fill the tables of docs/performance.md from csv files of the benchmarks.
 
     python benchmarks/report.py --results docs/results/bench
-    python benchmarks/report.py --page docs/scaling.md --names cluster cluster_simulation
+    python benchmarks/report.py --page docs/scaling.md --names cluster
     python benchmarks/report.py --page docs/placement.md --names precision
 
 Between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` the summary of NAME.csv is put, as the benchmark itself prints it,
@@ -19,7 +19,7 @@ import pandas as pd
 
 from _machine import MACHINE
 
-NAMES = ("value_search", "round", "scoring", "moments", "wide", "memory", "rounds_flat", "stream")
+NAMES = ("value_search", "round", "scoring", "moments", "wide", "memory", "rounds_flat")
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -24,7 +24,6 @@ RUNS: dict[str, tuple[str, str]] = {
     "wide": ("--d-ff 8192 --old 0 100 1000", "--d-model 128 --d-ff 512 --facts 3 --old 0 20"),
     "memory": ("--facts 20 100 --searches 200 --every 20", "--facts 2 --searches 4 --every 1 --steps 2"),
     "rounds_flat": ("--rounds 20 --of 5", "--rounds 3 --of 1"),
-    "stream": ("--edits 10000 --of 20", "--edits 24 --of 4 --every 8"),
 }
 """Benchmark → its arguments, and those of a quick run."""
 

@@ -103,7 +103,6 @@ STORED: Mapping[str, StoredFigure] = {
     "counterfact_scores": of_tables(["counterfact_nse.csv"], _counterfact),
     "search_speed": of_tables(["bench/value_search.csv"], plots.search_speed),
     "round_seconds": of_tables(["bench/rounds_flat.csv"], plots.round_seconds),
-    "cluster_scaling": of_tables(["bench/cluster_simulation.csv"], plots.cluster_scaling),
     **{name: of_paper(name) for name in FIGURES if name not in PANELS},
     "recipes_long": of_paper("recipes", "paper/long_search"),
     "comparison_score": of_comparison("score"),

@@ -11,7 +11,7 @@ from nse_tools.plots.general import ability_curve, shift_planes
 from nse_tools.plots.grids import against_size, dots, long_stream, sensitivity, step_times
 from nse_tools.plots.measures import measures_grid
 from nse_tools.plots.neurons import neuron_card, neuron_map, neuron_overlap, neuron_scores, neuron_usage
-from nse_tools.plots.performance import cluster_scaling, round_seconds, search_speed
+from nse_tools.plots.performance import round_seconds, search_speed
 from nse_tools.plots.probing import hidden_shift, logit_lens, next_tokens, prompt_rounds
 from nse_tools.plots.residuals import layer_contributions, residual_map, residuals, skipped_facts
 from nse_tools.plots.scores import scores
@@ -30,7 +30,6 @@ __all__ = [
     "against_size",
     "at_width",
     "calibration",
-    "cluster_scaling",
     "comparison_curve",
     "dark",
     "disturbance",
