@@ -22,7 +22,7 @@ ROUNDS, SCORES = "rounds.csv", "scores.csv"
 _TEXTS = ("fact", "kinds", "kind", "prompt", "argmax")
 
 
-def of(session: EditSession) -> dict[str, bytes]:
+def score_tables(session: EditSession) -> dict[str, bytes]:
     """Return the tables of a session: file name → CSV.
 
     ``rounds.csv`` has one row a round (:meth:`EditSession.to_frame`); ``scores.csv`` one row a prompt and round that it was scored

@@ -8,7 +8,7 @@ from pathlib import Path
 from nse_tools._provenance import machine, versions
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import StateError, StorageError
-from nse_tools.io import _tables as tables
+from nse_tools.io._tables import score_tables, scores_in
 from nse_tools.io._folder import SavedSession, SessionFolder
 from nse_tools.io._identity import ModelIdentity, MomentsIdentity, doubts, wrong_weights
 from nse_tools.io._manifest import Manifest
@@ -52,7 +52,7 @@ def save_session(session: EditSession, path: str | Path, *, include_moments: boo
     try:
         if not (mine or overwrite) and folder.exists:
             _check_continues(folder, session)
-        folder.write_all(session, tables.of(session), moments=session.moments if include_moments else None)
+        folder.write_all(session, score_tables(session), moments=session.moments if include_moments else None)
     finally:
         if not mine:
             folder.close()
@@ -162,7 +162,7 @@ def load_session(
         )
         if about.moments is not None:
             _expect_moments(session, folder, about.moments, moments, force)
-        scores = tables.scores_in(folder, saved.rounds)
+        scores = scores_in(folder, saved.rounds)
         _take_over(session, folder, saved)  # from here on the model carries the edits
         session.metric_cache.update(scores)
         session.autosave = folder if autosave else None
