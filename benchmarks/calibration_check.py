@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from nse_tools import EditableModel, EditSession, FactList, Method, calibrate, known_facts, load_model, methods, perplexity, score_facts
+from nse_tools import EditableModel, EditSession, FactList, calibrate, known_facts, load_model, methods, perplexity, score_facts
+from nse_tools.methods.base import Method
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nse_tools import Contexts, EditableModel, Fact, Method
-from nse_tools.methods.base import Stopwatch
+from nse_tools import Contexts, EditableModel, Fact
+from nse_tools.methods.base import Method, Stopwatch
 from nse_tools.models.editable_model import hidden_of
 from nse_tools.steps._value_optimizer import search_rows
 from nse_tools.tracing._engine.batching import pad

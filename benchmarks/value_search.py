@@ -11,7 +11,8 @@ from __future__ import annotations
 import pandas as pd
 
 from _machine import apart, finish, parser, read, timed
-from nse_tools import Contexts, EditableModel, Fact, Method, compute_values, known_facts, load_model, methods, sample_contexts
+from nse_tools import Contexts, EditableModel, Fact, compute_values, known_facts, load_model, methods, sample_contexts
+from nse_tools.methods.base import Method
 from plain import plain_search
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from _machine import apart, finish, parser, read, timed
-from nse_tools import Contexts, EditableModel, FactList, Method, compute_values, known_facts, methods
-from nse_tools.methods.base import Preparation, RoundInputs, Stopwatch
+from nse_tools import Contexts, EditableModel, FactList, compute_values, known_facts, methods
+from nse_tools.methods.base import Method, Preparation, RoundInputs, Stopwatch
 from nse_tools.steps.keys import Keys
 from nse_tools.steps.preserved import PreviousKeys
 from nse_tools.steps.values import TargetValues

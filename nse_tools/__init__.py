@@ -99,7 +99,6 @@ _HOME = {
     }.items()
     for name in names
 }
-
 __all__ = ["__version__", *sorted(_HOME), *_NAMESPACES]  # noqa: PLE0604
 
 

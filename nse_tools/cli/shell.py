@@ -48,7 +48,7 @@ class errors_in_one_line:  # noqa: N801  (used like a function)
 def stream_of(facts: str) -> FactList:
     """Return the facts that an option names."""
     from nse_tools.data.bundled import world_by_knowledge
-    from nse_tools.data.loading import load_facts
+    from nse_tools.data.readers import load_facts
 
     return world_by_knowledge() if facts == "world" else load_facts(facts)
 

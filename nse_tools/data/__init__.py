@@ -4,7 +4,7 @@ from nse_tools.data.bundled import all_world_facts, known_facts, more_world_fact
 from nse_tools.data.conflicts import Conflicts, find_conflicts
 from nse_tools.data.fact import Fact, Question
 from nse_tools.data.fact_list import FactList
-from nse_tools.data.loading import load_facts
+from nse_tools.data.readers import load_facts
 
 __all__ = [
     "Conflicts",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from nse_tools.data.fact import Fact
 from nse_tools.editing.calibration import propose_layers
 from nse_tools.editing.session import EditSession
-from nse_tools.methods import LocateThenEdit, nse
+from nse_tools.methods.locate_then_edit import LocateThenEdit
+from nse_tools.methods.nse import nse
 from nse_tools.models.architecture import ARCHITECTURES, stores_transposed
 from nse_tools.models.editable_model import EditableModel, hidden_of
 from nse_tools.models.weights import changed_layers, copy_of, digest_of

@@ -18,7 +18,8 @@ from nse_tools._validate import checked_layers
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.errors import FactError, ModelError
-from nse_tools.methods import LocateThenEdit, nse
+from nse_tools.methods.locate_then_edit import LocateThenEdit
+from nse_tools.methods.nse import nse
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps.keys import Keys, SubjectStates, hidden_states
 from nse_tools.steps.solvers import PreservedMoments

@@ -15,7 +15,7 @@ from nse_tools._repr import table_html
 from nse_tools.editing import _checks as checks
 from nse_tools.editing._checks import Finding, Verdict
 from nse_tools.errors import ModelError, NSEError
-from nse_tools.methods import Method
+from nse_tools.methods.base import Method
 from nse_tools.models.architecture import Architecture, find_architecture, submodule
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.loading import load_model

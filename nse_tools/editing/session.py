@@ -40,8 +40,8 @@ from nse_tools.tracing.moments import SecondMoments, second_moments
 
 if TYPE_CHECKING:
     from nse_tools.figures.report import Report
-    from nse_tools.io._folder import SessionFolder
     from nse_tools.io._patch_manifest import SharedEdit
+    from nse_tools.io._session_folder import SessionFolder
     from nse_tools.metrics.ability import AbilityScores
     from nse_tools.metrics.drift import Drift
     from nse_tools.metrics.forgetting import ForgettingMatrix, Retention

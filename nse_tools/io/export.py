@@ -36,10 +36,10 @@ from nse_tools.io._patch_manifest import (
     public_name,
     total_size,
 )
-from nse_tools.io._places import MANIFEST, new_folder
 from nse_tools.io.patch import export_patch
 from nse_tools.models.architecture import stores_transposed, submodule
 from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.files import MANIFEST, new_folder
 from nse_tools.models.weights import copy_of
 from nse_tools.steps.update import LayerUpdate
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from nse_tools.editing.edit_round import EditRound
 from nse_tools.errors import ExportError, ModelError, PatchError
-from nse_tools.io._exact import same_bits
-from nse_tools.io._patch_file import PatchFile, packed, replay, write_patch
+from nse_tools.io._patch_file import PatchFile, packed, replay, same_bits, write_patch
 from nse_tools.io._patch_manifest import SharedEdit, SharedParameter, Step, digest, parse_manifest, plain, read_manifest, total_size
-from nse_tools.io._places import MANIFEST, new_file
 from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.files import MANIFEST, new_file
 from nse_tools.models.weights import copy_of, plain_config, write_weights
 from nse_tools.steps.update import LayerUpdate
 

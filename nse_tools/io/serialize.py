@@ -6,6 +6,7 @@ What is read is checked against the dataclasses' type hints, so that a file of a
 from __future__ import annotations
 
 import io
+import json
 import math
 import types
 import typing
@@ -18,12 +19,15 @@ import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
-from nse_tools.errors import SettingError
-from nse_tools.methods import Method, from_dict
+from nse_tools.editing.edit_round import EditRound
+from nse_tools.errors import NSEError, SettingError
+from nse_tools.methods.base import Method, from_dict
+from nse_tools.models.files import digest_of_bytes
 
 _UNUSUAL = {"nan", "inf", "-inf"}
 """Numbers that JSON has no words for are written as these texts."""
@@ -240,3 +244,75 @@ def _mask(bits: Tensor, shape: Any, name: str) -> Tensor:
     if min(sizes, default=0) < 0 or bits.dtype != torch.uint8 or bits.shape != ((count + 7) // 8,):
         raise ValueError(f"{name}: {tuple(bits.shape)} bytes are no mask of shape {sizes}")
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool).reshape(sizes))
+
+
+ABOUT, FACTS, TENSORS, RESIDUALS = "round.json", "facts.json", "tensors.safetensors", "residuals.csv"
+_SEARCH = {"values.trace": "value_search.csv", "first_values.trace": "first_value_search.csv"}
+MALFORMED = (
+    *(ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError, MemoryError),
+    *(SafetensorError, NSEError),
+)
+"""What reading data of the wrong shape can raise."""
+
+
+def files_of(done: EditRound) -> dict[str, bytes]:
+    """Return the files of a round's folder: name → contents.
+
+    ``round.json`` holds the hashes of all the others, so that its own hash stands for the whole round.
+    """
+    parts = Parts()
+    record = encode(done, parts)
+    facts = record.pop("facts")
+    tensors, layout = tensors_to_bytes(parts.tensors)
+    files = {FACTS: to_json(facts["facts"]), TENSORS: tensors, RESIDUALS: table_to_bytes(done.residuals())}
+    files |= {_SEARCH[name]: table_to_bytes(table) for name, table in parts.tables.items()}
+    hashes = {name: digest_of_bytes(data) for name, data in files.items()}
+    about = {"files": hashes, "facts": facts["name"], "layout": layout, "round": record}
+    return {ABOUT: to_json(about), **files}
+
+
+def names_in(about: bytes) -> dict[str, str]:
+    """Return the names and hashes of the files beside a ``round.json``.
+
+    Raises
+    ------
+    ValueError
+        If it names a file that no round has.
+    """
+    files = from_json(about)["files"]
+    known = {FACTS, TENSORS, RESIDUALS, *_SEARCH.values()}
+    if not isinstance(files, dict) or not known.issuperset(files) or not all(isinstance(digest, str) for digest in files.values()):
+        raise ValueError(f"{ABOUT} names files that no round has")
+    return files
+
+
+def round_from(files: Mapping[str, bytes]) -> EditRound:
+    """Return the round that files give.
+
+    Raises
+    ------
+    One of ``MALFORMED``
+        If they are not the files of a round.
+    """
+    about = from_json(files[ABOUT])
+    tables = {name: table_from_bytes(files[file]) for name, file in _SEARCH.items() if file in files}
+    parts = Parts(tensors_from_bytes(files[TENSORS], about["layout"]), tables)
+    record = {**about["round"], "facts": {"name": about["facts"], "facts": from_json(files[FACTS])}}
+    done: EditRound = decode(EditRound, record, parts)
+    return done
+
+
+def to_json(data: Any) -> bytes:
+    """Write plain data as JSON, in ASCII: a text of any kind comes back as it was."""
+    return (json.dumps(data, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+def from_json(data: bytes) -> Any:
+    """Read JSON.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    return json.loads(data.decode("ascii"))

@@ -12,7 +12,6 @@ from nse_tools.errors import SettingError, nearest
 from nse_tools.methods.base import Method
 
 M = TypeVar("M", bound=Method)
-
 DEFAULT_PRESET = "smollm2-135m"
 
 

@@ -307,7 +307,6 @@ def _config(make: Callable[[], Any], name: str, value: Mapping[str, Any]) -> Any
 # ---- by name ---------------------------------------------------------------------------------------------------------
 Builder = Callable[..., Method]
 B = TypeVar("B", bound=Builder)
-
 _BUILDERS: dict[str, Builder] = {}
 
 
@@ -374,10 +373,11 @@ def get(name: str, *, common: Mapping[str, Any] | None = None, **settings: Any) 
     """
     if name not in _BUILDERS:
         raise SettingError(f"There is no method {name!r}.{nearest(name, _BUILDERS)}")
-    method = _BUILDERS[name](**settings)
+    common = dict(common or {})
+    method = _BUILDERS[name](**{k: common.pop(k) for k in ("preset", "layers") if k in common} | settings)
     if not isinstance(method, Method):
         raise SettingError(f"The function of method {name!r} returned {type(method).__name__}, expected a Method.")
-    return method.with_(**{k: v for k, v in (common or {}).items() if k in method.settings()})
+    return method.with_(**{k: v for k, v in common.items() if k in method.settings()})
 
 
 def table() -> pd.DataFrame:

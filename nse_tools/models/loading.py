@@ -14,8 +14,7 @@ from nse_tools.errors import MissingPackageError, ModelError
 from nse_tools.models import embedded
 from nse_tools.models.architecture import Architecture
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.models.gguf_header import check_gguf
-from nse_tools.models.headers import HeaderError, check_weights_folder
+from nse_tools.models.headers import HeaderError, check_gguf, check_weights_folder
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from nse_tools.methods import LocateThenEdit
+from nse_tools.methods.locate_then_edit import LocateThenEdit
 from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, SEQUENTIAL, UNDER, fact_texts, figure, plain, short
 
 if TYPE_CHECKING:

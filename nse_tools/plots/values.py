@@ -9,7 +9,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from nse_tools.errors import SettingError, nearest
-from nse_tools.methods import LocateThenEdit, Method, RankOne
+from nse_tools.methods.base import Method
+from nse_tools.methods.locate_then_edit import LocateThenEdit
+from nse_tools.methods.rome import RankOne
 from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, fact_texts, figure, plain
 from nse_tools.steps.values import TargetValues
 

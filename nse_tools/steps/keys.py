@@ -14,9 +14,8 @@ from nse_tools.data.fact import Fact
 from nse_tools.errors import EditError
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing.contexts import Contexts
-from nse_tools.tracing.hidden_states import LastTokenStates
+from nse_tools.tracing.hidden_states import LastTokenStates, read_at_last
 from nse_tools.tracing.prompts import locate_fact
-from nse_tools.tracing.remote import read_at_last
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from nse_tools.errors import FactError, SettingError
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing._engine.batching import MAX_TOKENS, TokenBatch, batches, pad
 from nse_tools.tracing._engine.replay import LayerCall, record_calls, run_layer
+from nse_tools.tracing.hidden_states import run_changed
 from nse_tools.tracing.prompts import LEAD, LocatedPrompt, locate
-from nse_tools.tracing.remote import run_changed
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from nse_tools._repr import table_html
 from nse_tools.errors import SettingError
 from nse_tools.models.editable_model import EditableModel, hidden_of
+from nse_tools.tracing.hidden_states import read_layers
 from nse_tools.tracing.prompts import continued
-from nse_tools.tracing.remote import read_layers
 
 
 @dataclass(frozen=True)

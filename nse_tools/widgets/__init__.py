@@ -7,14 +7,10 @@ from nse_tools.errors import MissingPackageError
 if missing := [name for name in ("ipywidgets", "anywidget") if find_spec(name) is None]:
     raise MissingPackageError(f"nse_tools.widgets needs {' and '.join(missing)}: pip install 'nse-editing[ui]'.")
 
-from nse_tools.widgets.bench_control import BenchControl
-from nse_tools.widgets.browse_control import BrowseControl
-from nse_tools.widgets.edit_probe import EditProbe
-from nse_tools.widgets.method_bench import MethodBench
-from nse_tools.widgets.neuron_browser import NeuronBrowser
-from nse_tools.widgets.probe_control import ProbeControl
-from nse_tools.widgets.round_scrubber import RoundScrubber
-from nse_tools.widgets.scrub_control import ScrubControl
+from nse_tools.widgets.edit_probe import EditProbe, ProbeControl
+from nse_tools.widgets.method_bench import BenchControl, MethodBench
+from nse_tools.widgets.neuron_browser import BrowseControl, NeuronBrowser
+from nse_tools.widgets.round_scrubber import RoundScrubber, ScrubControl
 
 __all__ = [
     "BenchControl",

@@ -1,20 +1,135 @@
-"""A panel to run methods against each other and watch the curves grow."""
+"""What :class:`MethodBench` does, without a front end: several methods on the same facts, a round at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import ipywidgets as ui
+import pandas as pd
 
 from nse_tools import methods, plots
 from nse_tools.data.fact import Fact
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing.session import EditSession
+from nse_tools.errors import EditError, FactError, SettingError
 from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.widgets import markup
-from nse_tools.widgets.bench_control import BenchControl
-from nse_tools.widgets.live_figure import LiveFigure
-from nse_tools.widgets.panel import FILL, WIDE, Panel, button, field, marked
+from nse_tools.models.weights import weights_in_place
+from nse_tools.tracing.contexts import Contexts, sample_contexts
+from nse_tools.tracing.moments import second_moments
+from nse_tools.widgets import _panel as markup
+from nse_tools.widgets._panel import FILL, WIDE, LiveFigure, Panel, Step, Steps, button, labelled, marked, quiet
+
+
+@dataclass
+class _Lane:
+    """One method on the bench."""
+
+    method: Method
+    session: EditSession
+    rows: list[pd.DataFrame] = field(default_factory=list)
+    stopped: str | None = None
+
+
+class BenchControl:
+    """Let methods edit the same facts side by side, one round of one method a step.
+
+    Between two steps the model has, bit for bit, the weights it had before: whatever is run meanwhile finds it as it was,
+    and stopping needs no cleaning up. Contexts and key statistics are shared, as :func:`nse_tools.compare` shares them,
+    and so are the results.
+
+    Parameters
+    ----------
+    model : EditableModel
+        The model; edits of other sessions may be in it, the bench works from its original weights.
+    facts : sequence of Fact
+        The facts to choose from.
+    seed : int
+        Seed of contexts and of the text for the key statistics.
+    """
+
+    def __init__(self, model: EditableModel, facts: Sequence[Fact], seed: int = 0) -> None:
+        self.model, self.seed = model, seed
+        self.facts = facts if isinstance(facts, FactList) else FactList(facts)
+        if not len(self.facts):
+            raise FactError("The bench needs facts to edit.")
+        self._lanes: list[_Lane] = []
+        self._contexts: Contexts | None = None
+
+    def steps(self, chosen: Sequence[Method | str], n_facts: int, rounds_of: int) -> Steps:
+        """Work round after round, in each one method after another; after every step :meth:`tables` has grown.
+
+        Raises
+        ------
+        SettingError
+            If there are no methods, two of one name, or numbers that make no sense.
+        """
+        plan = self._plan(n_facts, rounds_of)
+        picked = [m if isinstance(m, Method) else methods.get(m) for m in chosen]
+        if not picked or len({m.name for m in picked}) < len(picked):
+            raise SettingError(f"Choose at least one method, none twice (chosen: {[m.name for m in picked]}).")
+        total = 1 + len(picked) * len(plan)
+        self._lanes = []
+        yield Step("contexts and key statistics", 0, total)
+        self._lanes = self._open(picked)
+        for number, batch in enumerate(plan, start=1):
+            for place, lane in enumerate(self._lanes):
+                if lane.stopped is None:
+                    yield Step(f"{lane.method.name}, round {number} of {len(plan)}", 1 + (number - 1) * len(picked) + place, total)
+                    self._edit(lane, batch)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Return for each method what ``session.scores()`` says of the rounds made so far."""
+        return {lane.method.name: pd.concat(lane.rows, ignore_index=True) for lane in self._lanes if lane.rows}
+
+    @property
+    def stopped(self) -> dict[str, str]:
+        """Methods that could not go on, and why."""
+        return {lane.method.name: lane.stopped for lane in self._lanes if lane.stopped is not None}
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row a method: the measures on all facts edited so far."""
+        columns = ["round", "facts", "efficacy", "efficacy_accuracy", "generalization", "specificity", "score"]
+        ends = [{"method": name, **table.iloc[-1].reindex(columns)} for name, table in self.tables().items()]
+        return pd.DataFrame(ends).dropna(axis="columns", how="all") if ends else pd.DataFrame()
+
+    def code(self, chosen: Sequence[str], n_facts: int, rounds_of: int) -> str:
+        """Return the line that does the same in one go."""
+        return f"nse.compare(model, facts[:{n_facts}], {list(chosen)!r}, rounds_of={rounds_of}, seeds=[{self.seed}])"
+
+    def _plan(self, n_facts: int, rounds_of: int) -> list[FactList]:
+        if not 1 <= n_facts <= len(self.facts):
+            raise SettingError(f"n_facts={n_facts!r}: there are 1 to {len(self.facts)} facts to choose from.")
+        return self.facts[:n_facts].rounds(of=rounds_of)
+
+    def _open(self, picked: Sequence[Method]) -> list[_Lane]:
+        with self._as_loaded():
+            for method in picked:  # what a session refuses is refused before anything is run; originals are kept
+                EditSession(self.model, method, value_cache=False)
+            self._contexts = self._contexts or sample_contexts(self.model, self.seed)
+            layers = sorted({layer for method in picked for layer in method.layers})
+            moments = second_moments(self.model, layers, seed=self.seed, progress=False)
+            options = {"contexts": self._contexts, "moments": moments, "seed": self.seed, "progress": False}
+            return [_Lane(method, EditSession(self.model, method, **options)) for method in picked]  # type: ignore[arg-type]
+
+    def _edit(self, lane: _Lane, batch: FactList) -> None:
+        session = lane.session
+        with self._as_loaded(), weights_in_place(self.model, session.weights_at(len(session))), quiet(session):
+            try:
+                session.edit(batch)
+            except EditError as wrong:
+                lane.stopped = str(wrong)
+                return
+            lane.rows.append(session.scores(round=len(session), with_perplexity=False))
+
+    @contextmanager
+    def _as_loaded(self) -> Iterator[None]:
+        """Work from the original weights, with the model to oneself; then put back what was there."""
+        with self.model.lock, self.model.original_weights():
+            yield
 
 
 class MethodBench(Panel):
@@ -90,8 +205,10 @@ class MethodBench(Panel):
 
     def _body(self) -> list[Any]:
         buttons = ui.HBox([self.run_button, self.stop_button])
-        numbers = ui.VBox([field("Facts", "nse-n-facts", self.n_facts), field("In a round", "nse-rounds-of", self.rounds_of), buttons])
-        choice = ui.VBox([field("Methods (ctrl-click for several)", "nse-methods", self.methods)], layout=ui.Layout(width="240px"))
+        numbers = ui.VBox(
+            [labelled("Facts", "nse-n-facts", self.n_facts), labelled("In a round", "nse-rounds-of", self.rounds_of), buttons]
+        )
+        choice = ui.VBox([labelled("Methods (ctrl-click for several)", "nse-methods", self.methods)], layout=ui.Layout(width="240px"))
         row = ui.HBox([choice, numbers], layout=ui.Layout(grid_gap="16px"))
         return [row, self.curves.box, self.table_view]
 

@@ -1,17 +1,61 @@
-"""A panel to look at single neurons of the edited layers."""
+"""What :class:`NeuronBrowser` shows, without a front end: what a neuron does, who selected it, how it was rewritten."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import ipywidgets as ui
+import pandas as pd
 
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import NSEError
-from nse_tools.metrics.neuron_reports import NeuronCard
-from nse_tools.widgets import markup
-from nse_tools.widgets.browse_control import BrowseControl
-from nse_tools.widgets.panel import FILL, WIDE, Panel, button, explain, field, marked
+from nse_tools.metrics.neuron_reports import NeuronCard, neuron_card, neuron_usage
+from nse_tools.widgets import _panel as markup
+from nse_tools.widgets._panel import FILL, WIDE, Panel, button, explain, labelled, marked
+
+
+class BrowseControl:
+    """Look at the neurons of a session's edited layers, as its rounds left them.
+
+    Parameters
+    ----------
+    session : EditSession
+        The session; it is not changed.
+    """
+
+    def __init__(self, session: EditSession) -> None:
+        self.session = session
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that the session edits."""
+        return self.session.method.edited_layers
+
+    def ranking(self, layer: int) -> pd.DataFrame:
+        """Return one row a neuron, the most rewritten first (:meth:`NeuronUsage.to_frame`).
+
+        Raises
+        ------
+        SettingError
+            If there is no round, or the session does not edit the layer.
+        """
+        table = neuron_usage(self.session, layer).to_frame()
+        return table.sort_values(["change", "rewritten"], ascending=False, kind="stable", ignore_index=True)
+
+    def look(self, layer: int, neuron: int) -> NeuronCard:
+        """Return what there is to know of a neuron (:func:`nse_tools.neuron_card`).
+
+        Raises
+        ------
+        SettingError
+            If there is no round, the session does not edit the layer, or it has no such neuron.
+        """
+        return neuron_card(self.session, layer, neuron)
+
+    def code(self, layer: int, neuron: int) -> str:
+        """Return the lines that do the same."""
+        return f"nse.neuron_usage(session, {layer}).to_frame()\nnse.neuron_card(session, {layer}, {neuron})"
+
 
 _LISTED = 60
 
@@ -59,9 +103,9 @@ class NeuronBrowser(Panel):
     def _body(self) -> list[Any]:
         choice = ui.VBox(
             [
-                field("Layer", "nse-layer", self.layer),
-                field("Most rewritten first", "nse-list", self.list),
-                field("or neuron number", "nse-number", self.number),
+                labelled("Layer", "nse-layer", self.layer),
+                labelled("Most rewritten first", "nse-list", self.list),
+                labelled("or neuron number", "nse-number", self.number),
                 self.reread,
             ],
             layout=ui.Layout(width="250px", min_width="250px", margin="0 16px 0 0"),

@@ -21,7 +21,7 @@ from nse_tools.compare.result import load_comparison
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StorageError
-from nse_tools.io._folder import SessionFolder
+from nse_tools.io._session_folder import SessionFolder
 from nse_tools.methods.base import Method
 
 pytestmark = pytest.mark.usefixtures("small_comparisons")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nse_tools.data.fact import LONGEST, Fact
 from nse_tools.data.fact_list import FactList
-from nse_tools.data.loading import load_facts
+from nse_tools.data.readers import load_facts
 from nse_tools.errors import FactError
 
 GOOD = {"id": "a", "subject": "Rome", "prompt": "{} is in", "target_new": "France"}

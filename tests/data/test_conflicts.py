@@ -9,7 +9,7 @@ import pytest
 
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
-from nse_tools.data.loading import load_facts
+from nse_tools.data.readers import load_facts
 from nse_tools.errors import FactError, SettingError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

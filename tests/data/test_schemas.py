@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nse_tools.data.fact import Fact, Question
-from nse_tools.data.loading import load_facts
+from nse_tools.data.readers import load_facts
 from nse_tools.errors import FactError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

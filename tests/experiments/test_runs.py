@@ -11,7 +11,7 @@ from helpers.pages import ROOT
 from helpers.paper import SETTINGS
 from nse_tools import methods
 from nse_tools.data.bundled import world_by_knowledge
-from nse_tools.data.loading import load_facts
+from nse_tools.data.readers import load_facts
 from nse_tools.errors import SettingError
 from nse_tools.figures.paper import load_run
 from nse_tools.tracing.contexts import STARTERS

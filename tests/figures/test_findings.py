@@ -11,7 +11,7 @@ import pytest
 from experiments.runs import COMPARED
 from helpers.pages import ROOT, rows_of, table_behind
 from nse_tools import methods
-from nse_tools.data.loading import load_facts
+from nse_tools.data.readers import load_facts
 from nse_tools.figures.paper import load_run
 from nse_tools.figures.tables import ends_by_part, long_table
 from nse_tools.models.editable_model import EditableModel

@@ -10,7 +10,7 @@ import torch
 from nse_tools import methods
 from nse_tools.data.bundled import known_facts
 from nse_tools.data.fact_list import FactList
-from nse_tools.data.loading import load_facts
+from nse_tools.data.readers import load_facts
 from nse_tools.figures.save import StreamResult, run_stream
 from nse_tools.models.editable_model import EditableModel
 

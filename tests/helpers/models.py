@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
-from nse_tools.methods import Method
+from nse_tools.methods.base import Method
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from nse_tools.data.fact_list import FactList
-from nse_tools.methods import LocateThenEdit, RoundInputs
+from nse_tools.methods.base import RoundInputs
+from nse_tools.methods.locate_then_edit import LocateThenEdit
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps import PreviousKeys, RoundResult, TargetValues
+from nse_tools.steps.preserved import PreviousKeys
+from nse_tools.steps.records import RoundResult
+from nse_tools.steps.values import TargetValues
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
 

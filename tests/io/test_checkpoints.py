@@ -16,9 +16,9 @@ import nse_tools as nse
 from helpers.models import NAMES, build, build_hf, tokenizer
 from helpers.sharing import FIRST, LAYERS, edited, same, weights_of
 from nse_tools.errors import ExportError, PatchError, SettingError
-from nse_tools.io import _places as places
 from nse_tools.io import export as checkpoint
 from nse_tools.io.export import shared_copy
+from nse_tools.models import files as places
 from nse_tools.models.architecture import Architecture
 from nse_tools.models.editable_model import EditableModel
 

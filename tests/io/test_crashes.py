@@ -35,7 +35,7 @@ from helpers.kept import (
 from helpers.models import build
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import StorageError
-from nse_tools.io._folder import SessionFolder
+from nse_tools.io._session_folder import SessionFolder
 from nse_tools.io.saved_session import read_session
 from nse_tools.models.files import SCRATCH
 from nse_tools.models.weights import digest_of

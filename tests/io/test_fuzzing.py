@@ -16,8 +16,8 @@ import torch
 from helpers.kept import load, many_facts, session_of
 from helpers.models import build
 from nse_tools.errors import StorageError
-from nse_tools.io import _manifest as manifest
-from nse_tools.io._manifest import Manifest
+from nse_tools.io import _session_folder as manifest
+from nse_tools.io._session_folder import Manifest
 from nse_tools.io.saved_session import read_session
 from nse_tools.io.serialize import Parts, decode, encode, table_from_bytes, table_to_bytes, tensors_from_bytes, tensors_to_bytes
 from nse_tools.models.editable_model import EditableModel

@@ -13,10 +13,10 @@ from helpers.models import FACTS, NAMES, build
 from helpers.sharing import FIRST, LAYERS, METHOD, SECOND, contents, edited, forge, same, weights_of
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import ExportError, PatchError, SettingError, StateError
-from nse_tools.io import _places as places
 from nse_tools.io import patch as applying
 from nse_tools.io import patch as patching
 from nse_tools.io.export import export_patched
+from nse_tools.models import files as places
 from nse_tools.models.weights import copy_of
 
 WAYS = {

@@ -16,13 +16,13 @@ from helpers.kept import LAYERS, METHOD, METHODS, assert_same, load, many_facts,
 from helpers.models import CONTEXTS, FACTS, NAMES, build, moments_for, tokenizer
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
-from nse_tools.data.loading import load_facts
+from nse_tools.data.readers import load_facts
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StateError, StorageError
-from nse_tools.io import _manifest as manifest
+from nse_tools.io import _session_folder as manifest
 from nse_tools.io import saved_session as sessions
-from nse_tools.io._rounds import ABOUT, files_of, round_from
 from nse_tools.io.saved_session import holds_session, read_session
+from nse_tools.io.serialize import ABOUT, files_of, round_from
 from nse_tools.models.files import SCRATCH
 from nse_tools.tracing.corpus import Corpus
 from nse_tools.tracing.moments import second_moments

@@ -14,7 +14,9 @@ from nse_tools.data.fact_list import FactList
 from nse_tools.editing import session as session_module
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, SettingError
-from nse_tools.methods import FineTune, RoundInputs, finetune
+from nse_tools.methods import finetune
+from nse_tools.methods.base import RoundInputs
+from nse_tools.methods.finetune import FineTune
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps.keys import hidden_states
 from nse_tools.steps.values import compute_values

@@ -9,7 +9,7 @@ import pytest
 
 from nse_tools import methods
 from nse_tools.errors import SettingError
-from nse_tools.steps import CompressGrowth, DampTopDirections, KeepLargest
+from nse_tools.steps.post_process import CompressGrowth, DampTopDirections, KeepLargest
 
 RELEASED = {  # method.md §4
     "gpt2-xl": ((13, 14, 15, 16, 17), 0.5, 20, 10_000, 35, 150, 1.0),

@@ -11,7 +11,8 @@ from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, SettingError
-from nse_tools.methods import RankOne, RoundInputs
+from nse_tools.methods.base import RoundInputs
+from nse_tools.methods.rome import RankOne
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps.keys import Keys
 from nse_tools.steps.neurons import select_neurons

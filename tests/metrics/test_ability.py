@@ -20,7 +20,7 @@ import torch
 from helpers.models import CONTEXTS, FACTS, build, moments_for
 from nse_tools import methods
 from nse_tools.data.fact_list import FactList
-from nse_tools.data.loading import load_facts
+from nse_tools.data.readers import load_facts
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import MissingPackageError, SettingError
 from nse_tools.metrics import ability as harness

@@ -16,9 +16,8 @@ from nse_tools import methods
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import CollapseError, EditError, SettingError
-from nse_tools.metrics import perplexity
 from nse_tools.metrics.collapse import CollapseDetector, _measure, repetition
-from nse_tools.metrics.perplexity import passages
+from nse_tools.metrics.perplexity import passages, perplexity
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import copy_of, digest_of, weights_in_place
 

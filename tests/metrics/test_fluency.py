@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from nse_tools.data.loading import load_facts
+from nse_tools.data.readers import load_facts
 from nse_tools.metrics.generation import GeneratedTexts, fluency, generate_texts, ngram_entropy
 from nse_tools.models.editable_model import EditableModel
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from helpers.models import TEXT, build
-from nse_tools.metrics import perplexity
 from nse_tools.metrics.drift import NextTokens, next_token_drift
+from nse_tools.metrics.perplexity import perplexity
 
 
 def test_text_beyond_the_models_positions_is_left_out() -> None:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from helpers.models import build, tokenizer
 from nse_tools.errors import ModelError
-from nse_tools.models.gguf_header import check_gguf
-from nse_tools.models.headers import HeaderError, check_weights_folder, parse_json, read_safetensors_header
+from nse_tools.models.headers import HeaderError, check_gguf, check_weights_folder, parse_json, read_safetensors_header
 from nse_tools.models.loading import load_model
 
 

@@ -17,7 +17,7 @@ from nse_tools import load_model, methods
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import ModelError
 from nse_tools.methods.base import Method
-from nse_tools.metrics import perplexity
+from nse_tools.metrics.perplexity import perplexity
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.placement import is_offloaded, stored, tensors_of
 from nse_tools.steps._value_cache import ValueCache

@@ -18,7 +18,7 @@ from helpers.sessions import METHOD
 from nse_tools import EditSession, compare, compute_values, known_facts, load_corpus, methods, score_facts, second_moments
 from nse_tools.errors import ClusterError, FactError
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.parallel._local_ray import find_ray
+from nse_tools.parallel._cluster import find_ray
 from nse_tools.parallel.executor import LocalExecutor
 from nse_tools.parallel.ray_executor import RayExecutor
 from nse_tools.steps.values import TargetValues, values_in_batches

@@ -10,10 +10,10 @@ import torch
 from helpers.models import NAMES, build, build_hf, tokenizer
 from nse_tools.errors import ClusterError, EditError, FactError
 from nse_tools.models.editable_model import EditableModel
+from nse_tools.parallel import _cluster as worker
 from nse_tools.parallel import _replica as replica
-from nse_tools.parallel import _worker as worker
+from nse_tools.parallel._cluster import Settings, Worker
 from nse_tools.parallel._replica import ModelState, Parcel, Patch, Replica, named_tensors
-from nse_tools.parallel._worker import Settings, Worker
 
 
 def sent(parcel: Parcel) -> Parcel:

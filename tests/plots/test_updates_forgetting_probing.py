@@ -18,7 +18,7 @@ from nse_tools.metrics.forgotten_facts import ForgottenFacts, forgotten_facts
 from nse_tools.metrics.probing import probe_prompt
 from nse_tools.metrics.update_spectra import update_spectra
 from nse_tools.plots.forgetting import curve_table
-from nse_tools.tracing import logit_lens
+from nse_tools.tracing.logit_lens import logit_lens
 
 
 def rows_of(seen: dict[str, tuple[int, list[float]]]):

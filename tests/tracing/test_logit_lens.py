@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from helpers.models import build
 from nse_tools.errors import SettingError
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.tracing import logit_lens
+from nse_tools.tracing.logit_lens import logit_lens
 
 PROMPT = "The capital of France is"
 NORMS = {"llama": "model.norm", "gpt2": "transformer.ln_f", "neox": "gpt_neox.final_layer_norm", "gemma2": "model.norm"}

@@ -14,7 +14,7 @@ from nse_tools import causal_trace, collect_keys, hidden_states, logit_lens
 from nse_tools.data.fact_list import FactList
 from nse_tools.errors import StateError
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.tracing.remote import read_at_last
+from nse_tools.tracing.hidden_states import read_at_last
 
 NAMES = ["llama", "gpt2", "gptj", "gemma2"]
 TRACED = FactList(replace(f, target_true="Paris") for f in FACTS[:3])

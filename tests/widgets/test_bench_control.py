@@ -10,7 +10,7 @@ from nse_tools import methods
 from nse_tools.compare.runner import compare
 from nse_tools.errors import EditError, FactError, SettingError
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.widgets.bench_control import BenchControl
+from nse_tools.widgets.method_bench import BenchControl
 
 NSE, MEMIT = METHOD.with_(name="nse"), METHOD.with_(name="memit", values_under="current", neuron_threshold=1.0, passes=1)
 

@@ -8,7 +8,7 @@ import nse_tools as nse
 from helpers.shown import LAYERS, session_of
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError
-from nse_tools.widgets.browse_control import BrowseControl
+from nse_tools.widgets.neuron_browser import BrowseControl
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

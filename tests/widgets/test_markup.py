@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.shown import EVIL
-from nse_tools.widgets import markup
+from nse_tools.widgets import _panel as markup
 
 ANY = st.text(alphabet="<>&\"' \n\tabcé東", max_size=12)
 

@@ -15,12 +15,11 @@ from nse_tools import plots
 from nse_tools.data.fact import Fact
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, NSEError
+from nse_tools.widgets._panel import Panel, Step, Steps, button, lines_of
 from nse_tools.widgets.edit_probe import EditProbe
 from nse_tools.widgets.method_bench import MethodBench
 from nse_tools.widgets.neuron_browser import NeuronBrowser
-from nse_tools.widgets.panel import Panel, button, lines_of
 from nse_tools.widgets.round_scrubber import RoundScrubber
-from nse_tools.widgets.steps import Step, Steps
 
 NSE, MEMIT = METHOD.with_(name="nse"), METHOD.with_(name="memit", values_under="current", neuron_threshold=1.0, passes=1)
 

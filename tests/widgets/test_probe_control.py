@@ -9,7 +9,7 @@ import nse_tools as nse
 from helpers.shown import bits, same, session_of
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, StateError
-from nse_tools.widgets.probe_control import ProbeControl, code_of, marked_prompt
+from nse_tools.widgets.edit_probe import ProbeControl, code_of, marked_prompt
 
 PROMPT, TARGET = "The mother tongue of {Danielle Darrieux} is", "French"
 

@@ -7,7 +7,7 @@ import pytest
 from helpers.shown import bits, same, session_of
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError
-from nse_tools.widgets.scrub_control import ScrubControl
+from nse_tools.widgets.round_scrubber import ScrubControl
 
 PROMPTS = ("The Eiffel Tower is in", "Berlin plays")
 
