@@ -17,21 +17,7 @@ Record = dict[str, Any]
 
 
 def read_record(record: object, number: int) -> Fact:
-    """Turn one record of a known schema into a :class:`Fact`.
-
-    Parameters
-    ----------
-    record : object
-        A JSON object: CounterFact and multi-CounterFact (``requested_rewrite``), zsRE (``src``, ``alt``, ``answers``), EasyEdit
-        (``target_new`` and a ``prompt`` with the subject filled in) or :meth:`Fact.to_dict` (a ``prompt`` with ``{}``).
-    number : int
-        The record's place in its file, for error messages and as id where the record has none.
-
-    Raises
-    ------
-    FactError
-        Naming the record and the field that is missing or wrong.
-    """
+    """Turn one record of a known schema into a :class:`Fact`."""
     if not isinstance(record, dict):
         raise FactError(f"Record {number}: expected a JSON object, got {type(record).__name__}.")
     for key, reader in _READERS.items():

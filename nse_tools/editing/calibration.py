@@ -44,26 +44,7 @@ NEARLY_ALL = 0.9
 
 
 def propose_layers(recovered: Tensor | None, sink_ratio: Tensor) -> tuple[int, ...]:
-    """Choose consecutive layers that end where the trace's plateau begins and hold no layer that writes the sink.
-
-    Parameters
-    ----------
-    recovered : Tensor, optional
-        Share of p(true target) that each layer's state brings back, (n_layers,); without it, depth alone decides.
-    sink_ratio : Tensor
-        Mean ‖k‖² at the first token over that at the others, (n_layers,).
-
-    Returns
-    -------
-    tuple of int
-        A sixth of the layers, :data:`WIDEST` at most. The window moves along the plateau until it is free of such
-        layers; where it is nowhere free, they are left out of the first one.
-
-    Raises
-    ------
-    ModelError
-        If every layer of the window writes the sink.
-    """
+    """Choose consecutive layers that end where the trace's plateau begins and hold no layer that writes the sink."""
     n_layers = len(sink_ratio)
     width = max(1, min(WIDEST, round(n_layers / 6)))
     if recovered is None:
@@ -80,13 +61,7 @@ def propose_layers(recovered: Tensor | None, sink_ratio: Tensor) -> tuple[int, .
 
 
 def key_spectra(keys: Mapping[int, Keys], moments: SecondMoments) -> dict[int, Tensor]:
-    """Return the eigenvalues of Kᵀ C⁻¹ K for each layer, (n_facts,) float64: how large the facts' keys are in units of C.
-
-    Raises
-    ------
-    EditError
-        If C is singular; names the layer.
-    """
+    """Return the eigenvalues of Kᵀ C⁻¹ K for each layer, (n_facts,) float64: how large the facts' keys are in units of C."""
     found = {}
     for layer, k in keys.items():
         columns = k.matrix.double().T
@@ -96,19 +71,12 @@ def key_spectra(keys: Mapping[int, Keys], moments: SecondMoments) -> dict[int, T
 
 
 def layer_shares(spectra: Mapping[int, Tensor], weight: float) -> dict[int, float]:
-    """Return the share of its residuals that each layer's solve closes.
-
-    ΔW K = R·G/(λ + G) in the eigenbasis of G = KᵀC⁻¹K (:func:`nse_tools.editing.solve_update` without old keys); the share is
-    the mean over its directions.
-    """
+    """Return the share of its residuals that each layer's solve closes."""
     return {layer: float((g / (weight + g)).mean()) for layer, g in spectra.items()}
 
 
 def closed_share(spectra: Mapping[int, Tensor], weight: float) -> float:
-    """Return the share of the residuals that one pass closes: layer by layer 1/(layers left) of the rest is asked for.
-
-    It counts what the solves give, as if a layer's change reached h^L unchanged.
-    """
+    """Return the share of the residuals that one pass closes: layer by layer 1/(layers left) of the rest is asked for."""
     left = 1.0
     for place, share in enumerate(layer_shares(spectra, weight)[layer] for layer in sorted(spectra)):
         left *= 1 - share / (len(spectra) - place)
@@ -130,15 +98,7 @@ def arrived(trace: pd.DataFrame, step: int) -> pd.Series:
 
 
 def first_sufficient(shares: Mapping[float, float], otherwise: Mapping[float, float]) -> tuple[float, bool]:
-    """Return the first candidate that works for nearly all facts and True; or the one of least loss and False.
-
-    Parameters
-    ----------
-    shares : mapping of float to float
-        Candidate → share of the facts it works for, in the order of preference.
-    otherwise : mapping of float to float
-        Candidate → mean loss.
-    """
+    """Return the first candidate that works for nearly all facts and True; or the one of least loss and False."""
     for candidate, share in shares.items():
         if share >= NEARLY_ALL:
             return candidate, True

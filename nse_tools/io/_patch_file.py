@@ -24,20 +24,7 @@ ROWS = 512
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply two float32 matrices into float64 so that the result does not depend on library, threads or processor.
-
-    Each factor is split into a high and a low part of b = ⌊(53 − log₂ k)/2⌋ bits, counted from the largest entry of its row
-    (left) or column (right), as in the scheme of Ozaki et al. (doi 10.1007/s11075-011-9478-1): every sum of k products of
-    parts is then a whole number below 2⁵³ times a power of two, which float64 holds exactly in whatever order it is summed. Only
-    what lies more than 2b bits below the largest entry is cut off; for k ≤ 2048 that is 2⁻⁴² of it.
-
-    Parameters
-    ----------
-    left : Tensor
-        (n, k) float32.
-    right : Tensor
-        (k, m) float32.
-    """
+    """Multiply two float32 matrices into float64 so that the result does not depend on library, threads or processor."""
     bits = (53 - (left.shape[1] - 1).bit_length()) // 2
     left_high, left_low = _split(left, 1, bits)
     right_high, right_low = _split(right, 0, bits)
@@ -56,23 +43,7 @@ def _split(factor: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def add_product(weight: Tensor, columns: Tensor, left: Tensor, right: Tensor, kept: Tensor | None = None) -> None:
-    """Add left @ right, of which all entries or only some are kept, to some columns of a weight on the CPU, in place.
-
-    The sum is made in float64 and rounded once to the weight's dtype, as in :meth:`nse_tools.LayerUpdate.apply`.
-
-    Parameters
-    ----------
-    weight : Tensor
-        (d_model, d_ff).
-    columns : Tensor
-        (n_columns,) whole numbers.
-    left : Tensor
-        (d_model, k) float32.
-    right : Tensor
-        (k, n_columns) float32.
-    kept : Tensor, optional
-        (d_model, n_columns) bool.
-    """
+    """Add left @ right, of which all entries or only some are kept, to some columns of a weight on the CPU, in place."""
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         change = exact_product(left[rows], right)
@@ -119,17 +90,7 @@ def _step_layout(name: str, step: Step, d_model: int, d_ff: int) -> Shapes:
 
 
 def replay(parameter: SharedParameter, tensor: Callable[[str], Tensor], weight: Tensor) -> Tensor:
-    """Return the edited weight, from the unedited one and the stored tensors; the same bits on every machine.
-
-    Parameters
-    ----------
-    parameter : SharedParameter
-        The parameter.
-    tensor : callable
-        Name → stored tensor.
-    weight : Tensor
-        (d_model, d_ff), on the CPU; it is left as it is.
-    """
+    """Return the edited weight, from the unedited one and the stored tensors; the same bits on every machine."""
     if parameter.stored == "dense":
         return tensor(f"{parameter.layer}.weight")
     weight = weight.clone()
@@ -196,13 +157,7 @@ class PatchFile:
         return dtype
 
     def apply_to(self, parameter: SharedParameter, weight: Tensor) -> Tensor:
-        """Return a parameter's edited weight, (d_model, d_ff), from the unedited one on the CPU, which is left as it is.
-
-        Raises
-        ------
-        PatchError
-            If the result is not what the manifest promises.
-        """
+        """Return a parameter's edited weight, (d_model, d_ff), from the unedited one on the CPU, which is left as it is."""
         found = replay(parameter, lambda name: self._checked(name, parameter), weight)
         if not bool(torch.isfinite(found).all()):
             raise PatchError(f"{self.path}: {parameter.name} would hold NaN or infinite weights; the patch is not applied.")

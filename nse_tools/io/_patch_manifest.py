@@ -279,13 +279,7 @@ _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def check_version(version: object, path: Path) -> None:
-    """Refuse what another version of nse_tools wrote.
-
-    Raises
-    ------
-    PatchError
-        Saying which version it is.
-    """
+    """Refuse what another version of nse_tools wrote."""
     if not isinstance(version, str) or not re.fullmatch(r"[1-9][0-9]{0,8}", version):
         raise PatchError(f"{path}: the format version is {version!r:.40}, expected a number from 1 to {VERSION}; the file is damaged.")
     if int(version) > VERSION:
@@ -296,13 +290,7 @@ def check_version(version: object, path: Path) -> None:
 
 
 def parse_manifest(text: str | bytes, path: Path) -> dict[str, Any]:
-    """Return a manifest's entries, where it is JSON and of a version that can be read.
-
-    Raises
-    ------
-    PatchError
-        If it is not.
-    """
+    """Return a manifest's entries, where it is JSON and of a version that can be read."""
     try:
         data = parse_json(text)
         json.dumps(data, ensure_ascii=False).encode()  # half a character (a lone surrogate) cannot be shown or written
@@ -313,13 +301,7 @@ def parse_manifest(text: str | bytes, path: Path) -> dict[str, Any]:
 
 
 def read_manifest(data: Mapping[str, Any], path: Path, size: int) -> SharedEdit:
-    """Read what :meth:`SharedEdit.to_dict` gave.
-
-    Raises
-    ------
-    PatchError
-        Naming the entry that is missing or wrong, and what was expected.
-    """
+    """Read what :meth:`SharedEdit.to_dict` gave."""
     top = _Entries(data, path, "")
     kind: Kind = top.one_of("kind", get_args(Kind))
     base = top.entries("base")

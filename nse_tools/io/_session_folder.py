@@ -123,27 +123,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest, known: bytes | None = None) -> bytes:
-    """Write a session's head in one step; the one before stays beside it, for the case that this one is damaged later.
-
-    Parameters
-    ----------
-    folder : Path
-        The session's folder.
-    manifest : Manifest
-        The head.
-    known : bytes, optional
-        A head that was written before: where the file still holds it, it need not be checked again.
-
-    Returns
-    -------
-    bytes
-        What was written.
-
-    Raises
-    ------
-    OSError
-        If the folder is full or cannot be written.
-    """
+    """Write a session's head in one step; the one before stays beside it, for the case that this one is damaged later."""
     body = encode(replace(manifest, rounds=()), Parts())
     body["rounds"] = [vars(entry) for entry in manifest.rounds]  # as encode would, many times faster: there may be thousands
     sealed = to_json({"format": FORMAT, "checksum": _checksum(body), "session": body})
@@ -156,13 +136,7 @@ def write_manifest(folder: Path, manifest: Manifest, known: bytes | None = None)
 
 
 def read_manifest(file: Path) -> Manifest:
-    """Read a session's head.
-
-    Raises
-    ------
-    StorageError
-        If it is missing, damaged, of a newer format, or no session's.
-    """
+    """Read a session's head."""
     try:
         data = from_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

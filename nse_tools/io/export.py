@@ -48,15 +48,7 @@ _NEUTRAL = "The capital of France is"
 
 
 def shared_copy(model: EditableModel, weights: Mapping[int, Tensor] | None = None) -> PreTrainedModel:
-    """Return a plain copy of the transformers model that shares all parameters, other modules may be put around them.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model.
-    weights : mapping of int to Tensor, optional
-        Layer → (d_model, d_ff): down projections that the copy has instead, with parameters of its own.
-    """
+    """Return a plain copy of the transformers model that shares all parameters, other modules may be put around them."""
     shared = {id(tensor): tensor for tensor in (*model.hf.parameters(), *model.hf.buffers())}
     plain = copy.deepcopy(model.hf, shared)
     for layer, weight in (weights or {}).items():
@@ -100,30 +92,7 @@ _log = logging.getLogger(__name__)
 def export_adapter(
     model: EditableModel, rounds: Sequence[EditRound], about: SharedEdit, overwrite: bool, check: bool, rank: int | None
 ) -> SharedEdit:
-    """Write the edit that the model carries as a LoRA adapter; where PEFT is installed, load it and compare logits.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The edited model.
-    rounds : sequence of EditRound
-        The rounds that made it what it is.
-    about : SharedEdit
-        The manifest, without parameters; its path is the folder's.
-    overwrite : bool
-        Whether an earlier export may be replaced.
-    check : bool
-        Load and compare.
-    rank : int, optional
-        Keep so many singular directions of each layer's ΔW only; by default all that float32 can tell from nothing.
-
-    Raises
-    ------
-    SettingError
-        If the path is taken.
-    ExportError
-        If it cannot be written, nothing was changed, or the adapter does not do what the edit does.
-    """
+    """Write the edit that the model carries as a LoRA adapter; where PEFT is installed, load it and compare logits."""
     parameters, factors = [], {}
     for layer in sorted({update.layer for r in rounds for update in r.updates}):
         change = copy_of(model.weight(layer)).double() - model.originals[layer].double()
@@ -145,22 +114,7 @@ def export_adapter(
 
 
 def low_rank(updates: Sequence[LayerUpdate], d_ff: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
-    """Factor the sum of some updates: ΔW = up @ down, by the singular values above float32's precision, or the largest few.
-
-    Parameters
-    ----------
-    updates : sequence of LayerUpdate
-        Updates of one layer.
-    d_ff : int
-        Width of the layer's keys.
-    rank : int, optional
-        Keep so many at most.
-
-    Returns
-    -------
-    tuple
-        ``down`` (r, d_ff) and ``up`` (d_model, r), float32, each with the square roots of the singular values.
-    """
+    """Factor the sum of some updates: ΔW = up @ down, by the singular values above float32's precision, or the largest few."""
     left, values, right = _singular(updates, d_ff)
     above = int((values > values[0] * torch.finfo(torch.float32).eps).sum())
     keep = above if rank is None else min(rank, above)
@@ -194,10 +148,7 @@ def module_of(model: EditableModel, layer: int) -> str:
 
 
 def adapter_config(model: EditableModel, ranks: dict[str, int]) -> dict[str, Any]:
-    """Return PEFT's configuration of an adapter: module → rank, every one with scaling alpha/r = 1.
-
-    Without ``alpha_pattern`` PEFT would divide the default alpha by each module's own rank.
-    """
+    """Return PEFT's configuration of an adapter: module → rank, every one with scaling alpha/r = 1."""
     largest = max(ranks.values())
     patterns = {re.escape(name): rank for name, rank in ranks.items()}  # PEFT reads these names as regular expressions
     return {
@@ -267,31 +218,7 @@ def _tolerance(model: EditableModel, check: LogitCheck) -> float:
 
 
 def export_model(model: EditableModel, about: SharedEdit, overwrite: bool, check: bool) -> SharedEdit:
-    """Write a model as it is now into a Hugging Face folder; load it again with transformers and compare logits bit for bit.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The edited model.
-    about : SharedEdit
-        The manifest; its path is the folder's. Weights, config, tokenizer and the manifest go there.
-    overwrite : bool
-        Whether an earlier export may be replaced.
-    check : bool
-        Load and compare; takes the memory of a second model.
-
-    Returns
-    -------
-    SharedEdit
-        The manifest as written.
-
-    Raises
-    ------
-    SettingError
-        If the path is taken.
-    ExportError
-        If it cannot be written, or what plain transformers loads is not the same model.
-    """
+    """Write a model as it is now into a Hugging Face folder; load it again with transformers and compare logits bit for bit."""
     with new_folder(about.path, overwrite) as new:
         plain = shared_copy(model)
         with _explained(about.path, "transformers could not save it"):

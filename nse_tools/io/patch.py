@@ -23,26 +23,7 @@ Stored = tuple[SharedParameter, dict[str, Tensor]]
 
 
 def export_patch(model: EditableModel, rounds: Sequence[EditRound], about: SharedEdit, overwrite: bool) -> SharedEdit:
-    """Write the edit that the model carries as a patch file, read it again and compare the result with the weights bit for bit.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The edited model.
-    rounds : sequence of EditRound
-        The rounds that made it what it is.
-    about : SharedEdit
-        The manifest, without parameters; its path is the file's.
-    overwrite : bool
-        Whether a file that is there may be replaced.
-
-    Raises
-    ------
-    SettingError
-        If the path is taken.
-    ExportError
-        If it cannot be written, or does not give the edited weights.
-    """
+    """Write the edit that the model carries as a patch file, read it again and compare the result with the weights bit for bit."""
     parameters: list[SharedParameter] = []
     tensors: dict[str, Tensor] = {}
     for layer in sorted({update.layer for r in rounds for update in r.updates}):

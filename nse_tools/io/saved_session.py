@@ -29,11 +29,7 @@ _TEXTS = ("fact", "kinds", "kind", "prompt", "argmax")
 
 
 def score_tables(session: EditSession) -> dict[str, bytes]:
-    """Return the tables of a session: file name → CSV.
-
-    ``rounds.csv`` has one row a round (:meth:`EditSession.to_frame`); ``scores.csv`` one row a prompt and round that it was scored
-    after (:attr:`FactScores.prompts`), with ``kinds``, the kinds of prompts that were asked for together.
-    """
+    """Return the tables of a session: file name → CSV."""
     found = {ROUNDS: table_to_bytes(session.to_frame())} if len(session) else {}
     if parts := [_scored(round, fact, kinds, rows) for round, (fact, kinds), rows in session.metric_cache.items(FACT_SCORES)]:
         found[SCORES] = table_to_bytes(pd.concat(parts, ignore_index=True))

@@ -44,13 +44,7 @@ class Parts:
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 def encode(value: Any, parts: Parts, name: str = "") -> Any:
-    """Turn a record into plain data for JSON, and put its tensors and tables into ``parts``.
-
-    Raises
-    ------
-    TypeError
-        If the record holds something that has no place in a file.
-    """
+    """Turn a record into plain data for JSON, and put its tensors and tables into ``parts``."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, np.generic):
@@ -82,13 +76,7 @@ def _within(name: str, key: object) -> str:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def decode(hint: Any, data: Any, parts: Parts, name: str = "") -> Any:
-    """Build what a type hint says from plain data.
-
-    Raises
-    ------
-    ValueError
-        Naming the place at which the data are not what the hint says.
-    """
+    """Build what a type hint says from plain data."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         chosen = type(None) if data is None else next(a for a in arguments if a is not type(None))
@@ -201,11 +189,7 @@ def table_from_bytes(data: bytes, texts: Sequence[str] = ("fact",)) -> pd.DataFr
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Any]]:
-    """Write tensors as safetensors; return how they lie in memory too, where that is not plain.
-
-    Masks are written one bit an entry. A product of the same numbers that lie in another order may be rounded otherwise, so a
-    transposed matrix comes back as one.
-    """
+    """Write tensors as safetensors; return how they lie in memory too, where that is not plain."""
     plain, layout = {}, dict[str, Any]()
     for name, tensor in tensors.items():
         held = tensor.detach().cpu()
@@ -221,13 +205,7 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, An
 
 
 def tensors_from_bytes(data: bytes, layout: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read what :func:`tensors_to_bytes` wrote.
-
-    Raises
-    ------
-    ValueError
-        If a mask has not the size that is said.
-    """
+    """Read what :func:`tensors_to_bytes` wrote."""
     # copied, so that they lie in memory of their own as they did when they were computed
     tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
     for name, how in layout.items():
@@ -256,10 +234,7 @@ MALFORMED = (
 
 
 def files_of(done: EditRound) -> dict[str, bytes]:
-    """Return the files of a round's folder: name → contents.
-
-    ``round.json`` holds the hashes of all the others, so that its own hash stands for the whole round.
-    """
+    """Return the files of a round's folder: name → contents."""
     parts = Parts()
     record = encode(done, parts)
     facts = record.pop("facts")
@@ -272,13 +247,7 @@ def files_of(done: EditRound) -> dict[str, bytes]:
 
 
 def names_in(about: bytes) -> dict[str, str]:
-    """Return the names and hashes of the files beside a ``round.json``.
-
-    Raises
-    ------
-    ValueError
-        If it names a file that no round has.
-    """
+    """Return the names and hashes of the files beside a ``round.json``."""
     files = from_json(about)["files"]
     known = {FACTS, TENSORS, RESIDUALS, *_SEARCH.values()}
     if not isinstance(files, dict) or not known.issuperset(files) or not all(isinstance(digest, str) for digest in files.values()):
@@ -287,13 +256,7 @@ def names_in(about: bytes) -> dict[str, str]:
 
 
 def round_from(files: Mapping[str, bytes]) -> EditRound:
-    """Return the round that files give.
-
-    Raises
-    ------
-    One of ``MALFORMED``
-        If they are not the files of a round.
-    """
+    """Return the round that files give."""
     about = from_json(files[ABOUT])
     tables = {name: table_from_bytes(files[file]) for name, file in _SEARCH.items() if file in files}
     parts = Parts(tensors_from_bytes(files[TENSORS], about["layout"]), tables)
@@ -308,11 +271,5 @@ def to_json(data: Any) -> bytes:
 
 
 def from_json(data: bytes) -> Any:
-    """Read JSON.
-
-    Raises
-    ------
-    ValueError
-        If it is none.
-    """
+    """Read JSON."""
     return json.loads(data.decode("ascii"))

@@ -49,14 +49,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def find_architecture(model: nn.Module) -> Architecture:
-    """Return the table's row whose paths all exist in the model.
-
-    Raises
-    ------
-    ModelError
-        If none fits; the message shows the module tree and how to name the four places by hand. Also if MLPs are mixtures of
-        experts.
-    """
+    """Return the table's row whose paths all exist in the model."""
     _refuse_mixtures(model)
     for row in ARCHITECTURES.values():
         if _fits(model, row):
@@ -81,13 +74,7 @@ def _refuse_mixtures(model: nn.Module) -> None:
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
-    """Return the module at a dotted path.
-
-    Raises
-    ------
-    ModelError
-        If there is none; says at which part the path breaks and what is there.
-    """
+    """Return the module at a dotted path."""
     here = root
     for part in path.split("."):
         children = dict(here.named_children())

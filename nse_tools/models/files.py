@@ -24,24 +24,7 @@ SCRATCH = ".writing-"
 
 
 def save_atomically(tensors: Mapping[str, Tensor], file: Path, about: Mapping[str, str], *, durable: bool = False) -> None:
-    """Write a safetensors file beside its place and move it there with one rename.
-
-    Parameters
-    ----------
-    tensors : mapping of str to Tensor
-        The contents.
-    file : Path
-        Its place; the folder is made where it is not there.
-    about : mapping of str to str
-        The file's metadata.
-    durable : bool
-        Wait until the file is on disk, so that a power cut cannot leave half of it.
-
-    Raises
-    ------
-    OSError
-        If the folder is full or cannot be written.
-    """
+    """Write a safetensors file beside its place and move it there with one rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=SCRATCH) as scratch:
         new = Path(scratch) / "new"
@@ -57,13 +40,7 @@ def save_atomically(tensors: Mapping[str, Tensor], file: Path, about: Mapping[st
 
 
 def write_durably(file: Path, data: bytes) -> None:
-    """Write a file beside its place, wait until it is on disk, and move it there with one rename.
-
-    Raises
-    ------
-    OSError
-        If the folder is full or cannot be written; what was at the place is still there.
-    """
+    """Write a file beside its place, wait until it is on disk, and move it there with one rename."""
     make_folder(file.parent)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=SCRATCH) as scratch:
         new = Path(scratch) / "new"
@@ -73,20 +50,7 @@ def write_durably(file: Path, data: bytes) -> None:
 
 
 def write_folder_durably(place: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder of files beside its place, wait until it is on disk, and move it there with one rename.
-
-    Parameters
-    ----------
-    place : Path
-        Its place, where nothing may be yet.
-    files : mapping of str to bytes
-        File name → contents.
-
-    Raises
-    ------
-    OSError
-        If something is at the place already, or the folder around it is full or cannot be written.
-    """
+    """Write a folder of files beside its place, wait until it is on disk, and move it there with one rename."""
     make_folder(place.parent)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=SCRATCH) as scratch:
         new = Path(scratch) / "new"
@@ -99,13 +63,7 @@ def write_folder_durably(place: Path, files: Mapping[str, bytes]) -> None:
 
 
 def remove_folder(place: Path) -> None:
-    """Delete a folder so that it is never seen half deleted: it is first renamed to an unfinished one.
-
-    Raises
-    ------
-    OSError
-        If it cannot be moved away.
-    """
+    """Delete a folder so that it is never seen half deleted: it is first renamed to an unfinished one."""
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=SCRATCH, ignore_cleanup_errors=True) as scratch:
         place.rename(Path(scratch) / "old")
 
@@ -132,10 +90,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def alone_at(file: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a lock file to the end of the block; yield whether it is held, which without waiting it is not while another process has it.
-
-    Where there are no locks, a warning says so and the block goes on as if it were held.
-    """
+    """Hold a lock file to the end of the block; yield whether it is held, which without waiting it is not while another process has it."""
     lock = FileLock(file, timeout=-1 if wait else 0, fallback_to_soft=False)
     try:
         make_folder(file.parent)
@@ -183,15 +138,7 @@ MANIFEST = "nse_edits.json"
 
 @contextmanager
 def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a place to write a file to; when the ``with`` block is done, the file is moved to its path with one rename.
-
-    Raises
-    ------
-    SettingError
-        If there is a folder, or a file that is not to be overwritten.
-    ExportError
-        If the disk is full or the folder cannot be written.
-    """
+    """Give a place to write a file to; when the ``with`` block is done, the file is moved to its path with one rename."""
     if path.is_dir():
         raise SettingError(f"{path} is a folder; a patch is one file, e.g. {path / 'edit.safetensors'}.")
     if path.exists() and not overwrite:
@@ -203,15 +150,7 @@ def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a folder to write into; when the ``with`` block is done, it is moved to its path.
-
-    Raises
-    ------
-    SettingError
-        If there is a file, or a folder that is not empty and not to be overwritten, or holds anything but an earlier export.
-    ExportError
-        If the disk is full or the folder cannot be written.
-    """
+    """Give a folder to write into; when the ``with`` block is done, it is moved to its path."""
     if path.exists() and not path.is_dir():
         raise SettingError(f"{path} is a file; a model or adapter is a folder.")
     if path.exists() and any(path.iterdir()):

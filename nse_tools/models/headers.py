@@ -46,16 +46,7 @@ class SafetensorsHeader:
 
 
 def read_safetensors_header(file: Path) -> SafetensorsHeader:
-    """Read and check the header of a safetensors file; the tensors themselves are not read.
-
-    Raises
-    ------
-    HeaderError
-        If the file is shorter than it claims, the header is no JSON of the right form or names a tensor twice, or tensors
-        overlap, leave gaps or have another length than their shape.
-    OSError
-        If the file cannot be read.
-    """
+    """Read and check the header of a safetensors file; the tensors themselves are not read."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         first = stream.read(8)
@@ -77,13 +68,7 @@ def read_safetensors_header(file: Path) -> SafetensorsHeader:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON strictly: no key twice in an object, no NaN or infinity.
-
-    Raises
-    ------
-    HeaderError
-        Saying what is wrong.
-    """
+    """Parse JSON strictly: no key twice in an object, no NaN or infinity."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -130,13 +115,7 @@ def _check_places(tensors: Mapping[str, TensorEntry], available: int) -> None:
 
 
 def check_weights_folder(folder: Path) -> None:
-    """Check the headers of all safetensors files of a model folder, and that its index stays inside the folder.
-
-    Raises
-    ------
-    HeaderError
-        Naming the file.
-    """
+    """Check the headers of all safetensors files of a model folder, and that its index stays inside the folder."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             read_safetensors_header(file)
@@ -164,17 +143,7 @@ _STRING, _ARRAY = 8, 9
 
 
 def check_gguf(file: Path) -> None:
-    """Walk through the header of a GGUF file (versions 2 and 3, little-endian) and compare its claims with the file's size.
-
-    The usual reader trusts the counts: a file of 100 bytes that claims 2⁶⁰ entries keeps it busy for ever.
-
-    Raises
-    ------
-    HeaderError
-        If something lies outside the file.
-    OSError
-        If the file cannot be read.
-    """
+    """Walk through the header of a GGUF file (versions 2 and 3, little-endian) and compare its claims with the file's size."""
     if file.stat().st_size < 24:
         raise HeaderError("it is too short for a GGUF file")
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -80,17 +80,7 @@ def _unpacks_itself(tensor: Tensor) -> bool:
 
 
 def dequantised(module: nn.Module) -> Tensor:
-    """Return a projection's weight as an ordinary floating-point matrix, (d_out, d_in), whatever its library keeps.
-
-    bitsandbytes (8 and 4 bit) is asked through transformers; torchao's and quanto's tensors have a ``dequantize`` of their own.
-
-    Raises
-    ------
-    MissingPackageError
-        If the library that made the weight cannot be imported here.
-    ModelError
-        If nothing is known that could dequantise it.
-    """
+    """Return a projection's weight as an ordinary floating-point matrix, (d_out, d_in), whatever its library keeps."""
     weight = module.weight
     if not isinstance(weight, Tensor):
         raise ModelError(f"{type(module).__name__} keeps its weight as {type(weight).__name__}, which cannot be dequantised.")
@@ -114,13 +104,7 @@ def dequantised(module: nn.Module) -> Tensor:
 
 # ---- any of them as an ordinary tensor -------------------------------------------------------------------------------
 def stored(module: nn.Module, name: str) -> Tensor:
-    """Return a module's own parameter or buffer as an ordinary tensor in memory, wherever it is kept; nothing is changed.
-
-    Raises
-    ------
-    ModelError
-        If it is on the meta device and no offload hook has it.
-    """
+    """Return a module's own parameter or buffer as an ordinary tensor in memory, wherever it is kept; nothing is changed."""
     tensor: Tensor = getattr(module, name)
     if tensor.device.type == "meta":
         held = _held_by_hook(module, name)
@@ -145,22 +129,7 @@ def tensors_of(root: nn.Module, *, buffers: bool = False) -> Iterator[tuple[str,
 
 # ---- pinning ---------------------------------------------------------------------------------------------------------
 def kept_in_memory(down: nn.Module, dtype: torch.dtype, where: str) -> nn.Module:
-    """Return a projection whose weight can be edited: itself, its offloaded tensors brought to memory for good, or a plain one.
-
-    Parameters
-    ----------
-    down : Module
-        The projection.
-    dtype : torch.dtype
-        What a quantised weight is dequantised to.
-    where : str
-        The layer and the model, for messages.
-
-    Raises
-    ------
-    ModelError
-        If its weight is offloaded in a way that cannot be undone, or quantised by an unknown library.
-    """
+    """Return a projection whose weight can be edited: itself, its offloaded tensors brought to memory for good, or a plain one."""
     bring(down, f"{where}: its down projection")
     if not is_quantised(down.weight):  # type: ignore[arg-type]
         return down
@@ -174,13 +143,7 @@ def kept_in_memory(down: nn.Module, dtype: torch.dtype, where: str) -> nn.Module
 
 
 def bring(module: nn.Module, what: str) -> None:
-    """Put a module's offloaded tensors on the device it runs on, and let its hook move inputs only from now on.
-
-    Raises
-    ------
-    ModelError
-        If no hook has them.
-    """
+    """Put a module's offloaded tensors on the device it runs on, and let its hook move inputs only from now on."""
     names = [name for name, p in module.named_parameters(recurse=False) if p.device.type == "meta"]
     if not names:
         return

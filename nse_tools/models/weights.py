@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let a short ``with`` block finish before an interrupt (SIGINT) that arrives meanwhile takes effect.
-
-    Without it, a second Ctrl-C could stop the very code that cleans up after the first. Only the main thread receives
-    signals; in another thread, or where SIGINT is handled outside Python, the block simply runs.
-    """
+    """Let a short ``with`` block finish before an interrupt (SIGINT) that arrives meanwhile takes effect."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
@@ -43,13 +39,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def surely_afterwards(action: Callable[[], object]) -> Iterator[None]:
-    """Do something when a ``with`` block is left, however it is left, and let no interrupt come between.
-
-    Parameters
-    ----------
-    action : callable
-        What is done; it may be done twice, which must be the same as once.
-    """
+    """Do something when a ``with`` block is left, however it is left, and let no interrupt come between."""
     try:
         try:
             yield
@@ -66,18 +56,7 @@ _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def round_to_nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the nearest number of a dtype, ties to even; what is too large becomes infinite.
-
-    PyTorch goes from float64 to the half precisions by way of float32, which rounds twice: a number close to the middle
-    between two neighbours may then come out as the farther one.
-
-    Parameters
-    ----------
-    exact : Tensor
-        float64.
-    dtype : torch.dtype
-        A floating-point dtype.
-    """
+    """Round to the nearest number of a dtype, ties to even; what is too large becomes infinite."""
     found = exact.to(dtype)
     if dtype.itemsize > 2:
         return found
@@ -87,20 +66,7 @@ def round_to_nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_by_chance(exact: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """Round to one of the two neighbours in a dtype, to each with a chance that makes the mean the exact number.
-
-    With neighbours a ≤ x ≤ b, x becomes b with probability (x − a)/(b − a). The draws depend on the seed and the shape
-    alone; they are made on the CPU, so that they are the same for every device.
-
-    Parameters
-    ----------
-    exact : Tensor
-        float64.
-    dtype : torch.dtype
-        A floating-point dtype.
-    seed : int
-        Seed of the draws.
-    """
+    """Round to one of the two neighbours in a dtype, to each with a chance that makes the mean the exact number."""
     found = exact.to(dtype)
     other = _neighbour(found, exact)
     chance = (exact - found.double()).abs() / (other.double() - found.double()).abs()
@@ -114,10 +80,7 @@ def wider(dtype: torch.dtype) -> torch.dtype:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return how far apart, relatively, two computations of the same states in a dtype may be, and still be the same computation.
-
-    Sums made in another order differ by some units of the last place; a step that is missing or wrong differs by more.
-    """
+    """Return how far apart, relatively, two computations of the same states in a dtype may be, and still be the same computation."""
     return max(1e-3, 8 * torch.finfo(dtype).eps)
 
 
@@ -140,13 +103,7 @@ class OriginalWeights:
         self._hashes: tuple[str, str] | None = None
 
     def keep(self, layers: Iterable[int]) -> None:
-        """Keep the present weights of these layers as their originals, where none are kept yet; offloaded ones come to memory for good.
-
-        Raises
-        ------
-        ModelError
-            If a weight is not finite, or cannot be brought to memory (:meth:`EditableModel.make_editable`).
-        """
+        """Keep the present weights of these layers as their originals, where none are kept yet; offloaded ones come to memory for good."""
         for index in layers:
             if index in self._kept:
                 continue
@@ -157,13 +114,7 @@ class OriginalWeights:
             self._kept[index] = copy_of(weight)
 
     def release(self, layers: Iterable[int]) -> None:
-        """Forget the originals of layers that carry no edit, as if :meth:`keep` had not been called.
-
-        Raises
-        ------
-        ModelError
-            If a layer's present weights are not its originals.
-        """
+        """Forget the originals of layers that carry no edit, as if :meth:`keep` had not been called."""
         for index in set(layers) & set(self._kept):
             if not torch.equal(copy_of(self._model.weight(index)), self._kept[index]):
                 raise ModelError(f"Layer {index} of {self._model.name} is edited; its original weights are kept.")
@@ -222,15 +173,7 @@ class OriginalWeights:
 
 @contextmanager
 def weights_in_place(model: EditableModel, weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """Run a ``with`` block under given down-projection weights, then put back, bit for bit, what was there.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model.
-    weights : mapping of int to Tensor
-        Layer → (d_model, d_ff) weight.
-    """
+    """Run a ``with`` block under given down-projection weights, then put back, bit for bit, what was there."""
     before = {index: copy_of(model.weight(index)) for index in weights}
     with surely_afterwards(lambda: write_weights(model, before)):
         write_weights(model, weights)
@@ -269,11 +212,7 @@ def changed_layers(model: EditableModel) -> list[int]:
 
 @torch.no_grad()
 def checksum_of(model: EditableModel) -> str:
-    """Return a hash of the model as it is now: config, and row and column sums of the bits of every parameter and buffer.
-
-    Much faster than a hash of all bytes, and computed where the tensors are. It notices whatever somebody wrote into the
-    model since :meth:`EditableModel.fingerprint` was computed; that one tells different models apart.
-    """
+    """Return a hash of the model as it is now: config, and row and column sums of the bits of every parameter and buffer."""
     digest = hashlib.blake2b(config_text(model).encode(), digest_size=16)
     # how attention is computed is not among the config's items; dropout acts in training mode
     digest.update(repr((getattr(model.hf.config, "_attn_implementation", None), model.hf.training)).encode())

@@ -90,21 +90,7 @@ class Worker:
         return os.getpid()
 
     def run(self, state: str, patch: list[Any], job: bytes, shared: list[Any], writes: Sequence[int]) -> Outcome:
-        """Run a pickled (job, item) under a state of the model.
-
-        Parameters
-        ----------
-        state : str
-            The digest of the driver's :class:`ModelState`.
-        patch : list of object reference
-            Of the (:class:`ModelState`, :class:`Patch`) that leads there, fetched where this worker is in another state.
-        job : bytes
-            The job.
-        shared : list of object reference
-            Of the data that it shares with others.
-        writes : sequence of int
-            Layers that it changes for a while.
-        """
+        """Run a pickled (job, item) under a state of the model."""
         start = time.perf_counter()
         try:
             replica = self._brought_to(state, patch)
@@ -212,15 +198,7 @@ class Dispatch:
         self._done: dict[int, Any] = {}
 
     def run(self, jobs: Iterable[bytes], send: Callable[[Slot, bytes], Any]) -> Iterator[Any]:
-        """Send jobs as far as the window allows; yield results in the jobs' order.
-
-        Parameters
-        ----------
-        jobs : iterable of bytes
-            The pickled jobs, taken one by one as there is room.
-        send : callable
-            Sends a job to a worker and returns the reference of its :class:`Outcome`.
-        """
+        """Send jobs as far as the window allows; yield results in the jobs' order."""
         coming, sent, taken, more = iter(jobs), 0, 0, True
         try:
             while True:
@@ -314,13 +292,7 @@ _QUIET = {
 
 
 def find_ray() -> Any:
-    """Return the ray module.
-
-    Raises
-    ------
-    MissingPackageError
-        If it is not installed.
-    """
+    """Return the ray module."""
     try:
         return importlib.import_module("ray")
     except ImportError as missing:
@@ -338,15 +310,7 @@ def _quieten() -> None:
 
 
 def start_local(workers: int, **more: Any) -> str:
-    """Start a Ray on this machine for so many workers; return its scratch folder.
-
-    Parameters
-    ----------
-    workers : int
-        How many CPUs it offers. What keeps it quiet is set for the whole process, unless Ray was imported before.
-    **more
-        Instead of or beside what is passed to ``ray.init``.
-    """
+    """Start a Ray on this machine for so many workers; return its scratch folder."""
     if "ray" not in sys.modules:  # it reads them when it is imported, and would be at odds with its servers later
         _quieten()
     # its sockets' paths, which begin with it, may have 107 characters

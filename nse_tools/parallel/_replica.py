@@ -87,13 +87,7 @@ class Parcel:
 
     @classmethod
     def pack(cls, model: EditableModel) -> Parcel:
-        """Pack a model; its arrays are views where the weights are on the CPU, so it is to be sent while nothing changes them.
-
-        Raises
-        ------
-        ClusterError
-            If a weight has no storage here (an offloaded layer).
-        """
+        """Pack a model; its arrays are views where the weights are on the CPU, so it is to be sent while nothing changes them."""
         if away := [name for name, tensor in named_tensors(model) if tensor.device.type == "meta"]:
             raise ClusterError(f"{model.name}: {away[0]} is offloaded and cannot be sent. Let workers load the model: RayExecutor(load=…).")
         arrays = {name: (_array(tensor), tensor.dtype) for name, tensor in named_tensors(model)}
@@ -148,13 +142,7 @@ class Replica:
         """Unedited tensors in whose place there are others now."""
 
     def bring_to(self, state: ModelState, patch: Patch) -> None:
-        """Make the model what the driver's is.
-
-        Raises
-        ------
-        ClusterError
-            If it is not, bit for bit, after that: the worker refuses to compute.
-        """
+        """Make the model what the driver's is."""
         self.state = None
         tensors = dict(named_tensors(self.model))
         for name, base in self._base.items():
@@ -227,13 +215,7 @@ class Patch:
 
 
 def check_versions(packed: Mapping[str, str]) -> None:
-    """Refuse a worker with other libraries than the driver's.
-
-    Raises
-    ------
-    ClusterError
-        Naming the libraries.
-    """
+    """Refuse a worker with other libraries than the driver's."""
     own = versions()
     if differing := [f"{name} {own.get(name)}, driver {version}" for name, version in packed.items() if own.get(name) != version]:
         raise ClusterError(f"A worker has other libraries than the driver: {'; '.join(differing)}. Install the same environment on both.")

@@ -109,13 +109,7 @@ class LocalExecutor:
 
 
 def checked_batch(batch_facts: int | None) -> int | None:
-    """Refuse a number of facts that is none.
-
-    Raises
-    ------
-    SettingError
-        If it is below 1.
-    """
+    """Refuse a number of facts that is none."""
     if batch_facts is not None and (not isinstance(batch_facts, int) or batch_facts < 1):
         raise SettingError(f"batch_facts={batch_facts!r}: expected a number of facts, at least 1, or None for all in one.")
     return batch_facts

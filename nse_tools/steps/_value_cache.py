@@ -208,20 +208,7 @@ class ValueCache:
 
 
 def identify_common(model: EditableModel, contexts: Contexts, method: OptimisesValues) -> dict[str, Any] | None:
-    """Describe everything that the values of all facts depend on.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model, under the weights the search is made with.
-    contexts, method
-        What is searched for: see :func:`nse_tools.editing.compute_values`.
-
-    Returns
-    -------
-    dict, optional
-        For :func:`identify`. None, with a warning, where the weights cannot be read (a layer is offloaded).
-    """
+    """Describe everything that the values of all facts depend on."""
     try:
         return {
             "format": _FORMAT,
@@ -239,20 +226,7 @@ def identify_common(model: EditableModel, contexts: Contexts, method: OptimisesV
 
 
 def identify(common: Mapping[str, Any], facts: Sequence[Fact], rows: Sequence[SearchRow]) -> list[str]:
-    """Describe everything that each fact's value depends on.
-
-    Parameters
-    ----------
-    common : mapping
-        What :func:`identify_common` returned.
-    facts, rows
-        The facts, and the rows of their searches.
-
-    Returns
-    -------
-    list of str
-        One JSON text per fact.
-    """
+    """Describe everything that each fact's value depends on."""
     tokens = defaultdict(list)
     for row in rows:  # what the tokenizer made of the texts: another tokenizer, other values
         tokens[row.fact].append((row.prompt.ids, row.prompt.position, row.targets, row.weight))

@@ -98,14 +98,7 @@ class _Batch:
                 yield number, row.prompt.target_start - 1 + i - starts[number], token, 1 / len(row.targets)
 
     def terms(self, delta: Tensor, kl_factor: float, backward: bool, count_missed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return each fact's share of NLL, KL and p(target) from this batch's rows, and its missed targets, each (n_facts,).
-
-        Missed are target tokens that are not the argmax, counted only with ``count_missed``.
-
-        With ``backward``, the gradient of NLL + kl_factor·KL is added to ``delta.grad``. Its part up to the logits is written
-        down, which spares several passes over (predictions, vocabulary): ∂(−log p_t)/∂logits = p − 1_t, and
-        ∂KL(p ‖ p₀)/∂logits = p ⊙ (log p − log p₀ − KL).
-        """
+        """Return each fact's share of NLL, KL and p(target) from this batch's rows, and its missed targets, each (n_facts,)."""
         with torch.set_grad_enabled(backward):
             rows, places = (
                 torch.cat([self.row, self.essence]),
@@ -125,7 +118,7 @@ class _Batch:
             apart = logp[n:] - self.reference
             p = logp.exp_()
             kl = (p[n:] * apart).sum(-1)
-        if backward:  # p is turned into the gradient in place: it is as large as the vocabulary
+        if backward:  # ∂(−log p_t)/∂logits = p − 1_t and ∂KL(p ‖ p₀)/∂logits = p ⊙ (log p − log p₀ − KL), written into p, which is large
             weight = (self.share * self.row_weight[self.row])[:, None]
             p[:n].mul_(weight).scatter_add_(1, self.token[:, None], -weight)
             p[n:].mul_((apart - kl[:, None]) * kl_factor)
@@ -265,10 +258,7 @@ class ValueOptimizer:
 
 
 def tokens_within(budget: int, model: EditableModel, layer: int) -> int:
-    """Return how many tokens can be replayed above a layer with gradients within some bytes; 64 at least.
-
-    A decoder layer keeps about twelve vectors of d_model and five of d_ff a token for the way back.
-    """
+    """Return how many tokens can be replayed above a layer with gradients within some bytes; 64 at least."""
     a_token = (model.n_layers - 1 - layer) * (12 * model.d_model + 5 * model.d_ff) * model.dtype.itemsize
     return max(64, budget // max(1, a_token))
 

@@ -48,13 +48,7 @@ class Part(Settings):
 
     @classmethod
     def named(cls, name: str) -> type[Self]:
-        """Return the part of this family with a name.
-
-        Raises
-        ------
-        SettingError
-            For an unknown name, with the nearest known one.
-        """
+        """Return the part of this family with a name."""
         if name not in cls._known:
             raise SettingError(f"There is no {cls._family()} {name!r}.{nearest(name, cls._known)}")
         return cls._known[name]  # type: ignore[return-value]

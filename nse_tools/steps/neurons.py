@@ -26,22 +26,7 @@ class NeuronScore(Part):
     """Base of neuron scores; a subclass is used by ``neuron_score=`` in :func:`nse_tools.methods.nse`, by its ``name``."""
 
     def __call__(self, keys: Tensor, moments: Tensor | None, weight: Tensor | None) -> Tensor:
-        """Score every neuron for every fact.
-
-        Parameters
-        ----------
-        keys : Tensor
-            K, (n_facts, d_ff) float64.
-        moments : Tensor, optional
-            C of the layer, (d_ff, d_ff).
-        weight : Tensor, optional
-            W of the layer, (d_model, d_ff).
-
-        Returns
-        -------
-        Tensor
-            (n_facts, d_ff) float64, at least 0.
-        """
+        """Score every neuron for every fact."""
         raise NotImplementedError
 
 

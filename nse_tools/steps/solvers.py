@@ -198,30 +198,7 @@ def _check_factors(keys: Keys, left: Tensor, right: Tensor) -> None:
 def rank_one_update(
     key: Keys, residual: Tensor, preserved: PreservedMoments, selection: NeuronSelection, *, max_condition: float = math.inf
 ) -> LayerUpdate:
-    """Solve for the smallest change, in the metric of B, that gives one key its whole residual.
-
-        ΔW[:, I] = r (B⁻¹k_I)ᵀ / (k_Iᵀ B⁻¹k_I)        (ROME, arXiv 2202.05262, eq. 2)
-
-    It has the direction of the least squares update r (B⁻¹k)ᵀ / (1 + kᵀB⁻¹k), and is that one stretched.
-
-    Parameters
-    ----------
-    key : Keys
-        k, (1, d_ff).
-    residual : Tensor
-        r, (d_model,).
-    preserved : PreservedMoments
-        B of the layer.
-    selection : NeuronSelection
-        I.
-    max_condition : float
-        Refuse a solve with a larger condition number.
-
-    Raises
-    ------
-    EditError
-        If B is singular or too badly conditioned, or the key is zero; names layer or fact.
-    """
+    """Solve for the smallest change, in the metric of B, that gives one key its whole residual."""
     update = solve_update(key, residual[None], preserved, selection, max_condition=max_condition)
     k, right = key.matrix[0].double()[selection.indices], update.right.double()
     if not (reached := float(right[0] @ k)) > 0:

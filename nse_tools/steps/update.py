@@ -20,13 +20,7 @@ from nse_tools.steps.keys import Keys
 
 
 def check_residuals(residuals: Tensor, fact_ids: Sequence[str], layer: int, step: str) -> None:
-    """Refuse states h or residuals z − h, (n_facts, d_model), that are not finite.
-
-    Raises
-    ------
-    EditError
-        Naming fact, layer and step.
-    """
+    """Refuse states h or residuals z − h, (n_facts, d_model), that are not finite."""
     if (bad := first_bad(residuals)) is not None:
         raise EditError(
             f"Fact {fact_ids[bad]!r}, {step}: its state at layer {layer} is not finite; the model may be broken already "
@@ -35,13 +29,7 @@ def check_residuals(residuals: Tensor, fact_ids: Sequence[str], layer: int, step
 
 
 def check_update(update: LayerUpdate, weight: Tensor, max_update_norm: float, step: str) -> None:
-    """Refuse an update that is not finite, or absurdly large relative to the weight it is added to.
-
-    Raises
-    ------
-    EditError
-        Naming layer and step, and the fact where it can be told.
-    """
+    """Refuse an update that is not finite, or absurdly large relative to the weight it is added to."""
     for name, part, facts_at in (("left", update.left, 1), ("right", update.right, 0)):
         if (bad := first_bad(part.movedim(facts_at, 0))) is not None:
             one_each = len(update.fact_ids) == part.shape[facts_at]
@@ -255,20 +243,7 @@ class Writer:
         self._draws_of, self._written = (seed, number), 0
 
     def write(self, update: LayerUpdate, keys: Keys | None = None) -> LayerUpdate:
-        """Add ΔW to its layer's weight; return the update with how it was rounded.
-
-        Parameters
-        ----------
-        update : LayerUpdate
-            ΔW.
-        keys : Keys, optional
-            The keys it was solved for, to measure how much of the change of outputs arrives.
-
-        Raises
-        ------
-        EditError
-            If the sum is not finite in the weights' dtype; the weight stays as it was.
-        """
+        """Add ΔW to its layer's weight; return the update with how it was rounded."""
         if self.rounding == "stochastic":
             update = replace(update, seed=self._next_seed())
         return replace(update, rounding=self._add(update, keys))

@@ -215,25 +215,7 @@ def compute_values(
 
 
 def anchor_norms(model: EditableModel, facts: Sequence[Fact], contexts: Contexts, values: TargetValues) -> TargetValues:
-    """Rescale each z to the length that the fact's state has in the unedited model, after Norm-Anchor Scaling (arXiv 2602.02543).
-
-        z ← s · z / ‖z‖,   s = mean over contexts of ‖h^L‖ at the subject's last token, under W₀;   δ = z − h₀
-
-    Only the direction of what the search found is kept, so that states cannot grow from round to round. (The paper takes one
-    s for all facts, the mean over a data set; here each fact has its own, so that facts do not influence each other.) The trace
-    stays that of the search.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model; it runs under its original weights.
-    facts : sequence of Fact
-        The facts, in the values' order.
-    contexts : Contexts
-        The contexts of the mean.
-    values : TargetValues
-        What the search found.
-    """
+    """Rescale each z to the length that the fact's state has in the unedited model, after Norm-Anchor Scaling (arXiv 2602.02543)."""
     with model.original_weights(), model.running():
         states = SubjectStates.record(model, facts, contexts, values.layer, values.layer)
         norms = states.bare.hidden(values.layer).float().cpu().norm(dim=1)[:, None]

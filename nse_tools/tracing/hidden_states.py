@@ -25,13 +25,7 @@ from nse_tools.tracing._engine.replay import LayerCall, record_calls, run_layer
 
 
 def check_remote(model: EditableModel, remote: bool | str) -> None:
-    """Refuse to read an edited model's activations from a server, whose model has none of the edits.
-
-    Raises
-    ------
-    StateError
-        Naming the layers.
-    """
+    """Refuse to read an edited model's activations from a server, whose model has none of the edits."""
     if remote and remote != "local" and (layers := changed_layers(model)):
         raise StateError(
             f"remote={remote!r} reads the server's model, which has none of the edits in layers {layers} of {model.name}. Read here "
@@ -49,26 +43,7 @@ def read_at_last(
     remote: bool | str = False,
     max_tokens: int = MAX_TOKENS,
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Return what some layers read and write at each row's last token.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model.
-    rows : sequence of sequences of int
-        Token ids.
-    keys, hidden : sequence of int
-        Layers whose keys (inputs of the down projection), and whose outputs, are wanted.
-    remote : bool or str
-        Where the trace runs, as nnsight understands it: False here, True on NDIF, ``"local"`` here as it would there.
-    max_tokens : int
-        Padded tokens per batch.
-
-    Returns
-    -------
-    keys, hidden : dict of int to Tensor
-        Layer → (n_rows, d_ff), and layer → (n_rows, d_model), on CPU.
-    """
+    """Return what some layers read and write at each row's last token."""
     model.check_layers([*keys, *hidden])
     check_remote(model, remote)
     found_keys = {layer: torch.empty(len(rows), model.d_ff, dtype=model.dtype) for layer in keys}
@@ -146,23 +121,7 @@ def run_changed(
     put_back: tuple[int, Tensor] | None = None,
     remote: bool | str = False,
 ) -> Passage:
-    """Run a batch with something added to the states that enter the first layer, and one layer's state at one token put back.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model.
-    tokens : TokenBatch
-        The batch.
-    chosen : Tensor
-        Each row's token that is read and put back, (rows,).
-    added : Tensor, optional
-        (rows, tokens, d_model).
-    put_back : tuple of int and Tensor, optional
-        A layer, and what shall leave it at the chosen tokens, (rows, d_model).
-    remote : bool or str
-        As in :func:`read_at_last`.
-    """
+    """Run a batch with something added to the states that enter the first layer, and one layer's state at one token put back."""
     check_remote(model, remote)
     blocks: list[Any] = [model.layer_envoy(layer) for layer in range(model.n_layers)]
     each = torch.arange(len(chosen), device=chosen.device)

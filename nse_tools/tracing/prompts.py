@@ -102,13 +102,7 @@ def locate_fact(model: EditableModel, fact: Fact, prefix: str = "", with_target:
 
 
 def continued(model: EditableModel, text: str, target: str) -> LocatedPrompt:
-    """Tokenize ``text + " " + target``; ``position`` is the last token before the target.
-
-    Raises
-    ------
-    FactError
-        If the target tokenizes to nothing, or is not cut off from the text by a token border.
-    """
+    """Tokenize ``text + " " + target``; ``position`` is the last token before the target."""
     text = text.rstrip()
     return _locate(model, text, len(text), target, prepended=False)
 

@@ -214,10 +214,7 @@ class Panel(ui.VBox):
 
     # ---- working -------------------------------------------------------------------------------------------------------
     def run(self, steps: Steps) -> bool:
-        """Work through the steps; return whether all of them went well.
-
-        An interrupt of the kernel ends the work like an error; what the step was doing is taken back by the step itself.
-        """
+        """Work through the steps; return whether all of them went well."""
         self._begin()
         try:
             for step in steps:
@@ -230,10 +227,7 @@ class Panel(ui.VBox):
         return True
 
     def run_live(self, steps: Steps, after_each: Callable[[], None]) -> None:
-        """Work through the steps and let the kernel breathe between them: clicks and cells are served there.
-
-        Without a running event loop (a plain script) it returns when all is done.
-        """
+        """Work through the steps and let the kernel breathe between them: clicks and cells are served there."""
         work = self._live(steps, after_each)
         try:
             loop = asyncio.get_running_loop()
@@ -447,17 +441,7 @@ _ANSWERS = Measurement[Answer]("answers")
 
 
 def answers(session: EditSession, prompts: Sequence[str], round: int) -> list[Answer]:
-    """Ask the model as it was after a round; what was asked before is remembered with the session.
-
-    Parameters
-    ----------
-    session : EditSession
-        The session.
-    prompts : sequence of str
-        The prompts, as the model reads them.
-    round : int
-        After which round; 0 is the unedited model.
-    """
+    """Ask the model as it was after a round; what was asked before is remembered with the session."""
     cache = session.metric_cache
     missing = [p for p in dict.fromkeys(prompts) if not cache.has(_ANSWERS, round, p)]
     if missing:

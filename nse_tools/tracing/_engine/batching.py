@@ -25,10 +25,7 @@ class TokenBatch:
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False) -> TokenBatch:
-    """Pad rows of ids to the same length, on the right by default.
-
-    Positions count from 0 at each row's first real token, whichever side is padded.
-    """
+    """Pad rows of ids to the same length, on the right by default."""
     lengths = torch.tensor([len(r) for r in rows])
     width = int(lengths.max())
     column = torch.arange(width)[None]
@@ -53,18 +50,7 @@ def batches(lengths: Sequence[int], max_tokens: int = MAX_TOKENS) -> Iterator[li
 
 
 def spans(counts: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Divide lengths into spans that share a batch, so that padded tokens plus the cost of the batches is least.
-
-    Parameters
-    ----------
-    counts : mapping of int to int
-        Length → number of rows.
-
-    Returns
-    -------
-    list of (int, int)
-        Shortest and longest length of each span, longest lengths first.
-    """
+    """Divide lengths into spans that share a batch, so that padded tokens plus the cost of the batches is least."""
     lengths = sorted(counts)
     best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]  # for the first i lengths: cost, spans
     for i, longest in enumerate(lengths, start=1):

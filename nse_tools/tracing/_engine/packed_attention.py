@@ -153,24 +153,7 @@ def attend(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, in each row that the packing of ``key`` tells of, to its prefix and its new tokens; transformers' signature.
-
-    Parameters
-    ----------
-    module : Module
-        The attention module.
-    query, key, value : Tensor
-        (1, heads or key heads, n_tokens, d_head); ``key`` carries packing and prefix (:func:`carrying`).
-    attention_mask : Tensor, optional
-        Of the padded rows, (rows, 1, width, prefix + width), boolean or additive.
-    dropout, scaling, more
-        As transformers passes them.
-
-    Returns
-    -------
-    tuple
-        (1, n_tokens, heads, d_head), and no attention weights.
-    """
+    """Attend, in each row that the packing of ``key`` tells of, to its prefix and its new tokens; transformers' signature."""
     carried = getattr(key, "nse_carried", None)
     ordinary = ALL_ATTENTION_FUNCTIONS[_ORDINARY]
     if carried is None:

@@ -28,22 +28,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def run_prefixes(model: EditableModel, rows: Sequence[Ids]) -> tuple[Tensor, DynamicCache]:
-    """Fill a cache with the keys and values of prefixes.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model, under the weights of the moment.
-    rows : sequence of sequence of int
-        Token ids of each row's prefix; it may be empty.
-
-    Returns
-    -------
-    mask : Tensor
-        (rows, tokens), 1 on real tokens, which stand on the right.
-    cache : DynamicCache
-        Keys and values of all layers; an empty one where no row has a prefix.
-    """
+    """Fill a cache with the keys and values of prefixes."""
     if not any(rows):
         return torch.zeros(len(rows), 0, dtype=torch.long, device=model.device), _cache(model)
     shared = _run_shared(model, rows)
@@ -54,15 +39,7 @@ def run_prefixes(model: EditableModel, rows: Sequence[Ids]) -> tuple[Tensor, Dyn
 
 
 def common_heads(rows: Sequence[Ids]) -> tuple[list[Ids], list[int]]:
-    """Find beginnings that rows share.
-
-    Returns
-    -------
-    heads : list of sequence of int
-        Distinct beginnings, of at least ``SHORTEST_HEAD`` tokens where several rows share one; else a row is its own head.
-    which : list of int
-        Each row's head.
-    """
+    """Find beginnings that rows share."""
     heads: list[Ids] = []
     which = [0] * len(rows)
     for number in sorted(range(len(rows)), key=lambda r: tuple(rows[r])):  # rows with a long common beginning are neighbours
@@ -188,10 +165,7 @@ class Layout:
 
 
 def lay_out(model: EditableModel, rows: Sequence[Ids], max_tokens: int = MAX_TOKENS, share: bool = True) -> Iterator[Layout]:
-    """Yield layouts that together hold every row once, of at most ``max_tokens`` padded tokens each (one line at least).
-
-    Without ``share`` every row has a line of its own: then the states of one can be changed without touching another's.
-    """
+    """Yield layouts that together hold every row once, of at most ``max_tokens`` padded tokens each (one line at least)."""
     lines = _shared_lines(rows) if share and can_share(model, rows) else []
     if not lines or len(lines) * max(map(len, lines)) > WORTHWHILE * sum(map(len, rows)):
         yield from _one_line_each(model, rows, max_tokens)

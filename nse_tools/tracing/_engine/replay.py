@@ -118,26 +118,7 @@ def run_layer(model: EditableModel, index: int, call: LayerCall, hidden: Tensor)
 def record_calls(
     model: EditableModel, ids: Tensor, mask: Tensor, layers: Sequence[int], **more: Any
 ) -> tuple[Tensor, dict[int, LayerCall]]:
-    """Run the model up to the last of some consecutive layers and record how each is called.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model.
-    ids, mask : Tensor
-        Token ids (rows, tokens) and attention mask.
-    layers : sequence of int
-        Consecutive layer numbers; the last is not run.
-    more
-        Further arguments of the base model (positions, cache).
-
-    Returns
-    -------
-    entering : Tensor
-        Hidden states that enter the first of the layers, (rows, tokens, d_model).
-    calls : dict of int to LayerCall
-        The call of each layer.
-    """
+    """Run the model up to the last of some consecutive layers and record how each is called."""
     base = model.lm.get(model.hf.base_model_prefix)
     arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **more}
     with model.running(), base.trace(**arguments) as tracer:

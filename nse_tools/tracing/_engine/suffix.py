@@ -66,21 +66,7 @@ class SuffixBatch:
     def record(
         cls, model: EditableModel, prompts: Sequence[LocatedPrompt], layer: int, whole: bool = False, packed: bool = False
     ) -> SuffixBatch:
-        """Run the prompts once and keep what replays need.
-
-        Parameters
-        ----------
-        model : EditableModel
-            The model, under the weights of the moment.
-        prompts : sequence of LocatedPrompt
-            One row each.
-        layer : int
-            L.
-        whole : bool
-            Replay whole prompts instead of suffixes: slower, and needs no cached keys and values.
-        packed : bool
-            Replay the rows end to end, without padding (:mod:`nse_tools.tracing._engine.packed_attention`), which is faster.
-        """
+        """Run the prompts once and keep what replays need."""
         starts = [0 if whole else p.position for p in prompts]
         with torch.no_grad(), model.running():
             prefix_mask, cache = run_prefixes(model, [p.ids[:s] for p, s in zip(prompts, starts, strict=True)])
@@ -104,38 +90,14 @@ class SuffixBatch:
         return self.hidden[torch.arange(self.n_rows, device=self.hidden.device), self.at]
 
     def replay(self, delta: Tensor) -> Tensor:
-        """Add a vector to h^L at each row's subject token and run the layers above.
-
-        Parameters
-        ----------
-        delta : Tensor
-            (rows, d_model); gradients flow back to it.
-
-        Returns
-        -------
-        Tensor
-            States leaving the last layer, (rows, tokens, d_model).
-        """
+        """Add a vector to h^L at each row's subject token and run the layers above."""
         if self.packing is None:
             return self._run(self._moved(delta), self.calls)
         with packed_attention(self.model):
             return self.packing.unpack(self._run(self.packing.pack(self._moved(delta)), self.packed_calls))
 
     def replay_at(self, delta: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """Do as :meth:`replay`, and return the states of some tokens only; packed, the last layer computes little else.
-
-        Parameters
-        ----------
-        delta : Tensor
-            (rows, d_model).
-        rows, places : Tensor
-            The tokens wanted, no two the same, (n,) both: row, and place among its replayed tokens.
-
-        Returns
-        -------
-        Tensor
-            (n, d_model).
-        """
+        """Do as :meth:`replay`, and return the states of some tokens only; packed, the last layer computes little else."""
         if self.packing is None:
             states = self.replay(delta)  # on the last layer's device
             return states[rows.to(states.device), places.to(states.device)]
@@ -156,11 +118,7 @@ class SuffixBatch:
 
     @torch.no_grad()
     def is_faithful(self, prompts: Sequence[LocatedPrompt]) -> bool:
-        """Check, on the first and the last of the prompts that were recorded, that a replay gives the model's own states.
-
-        Up to rounding; and where a model's states depend on what else is in the batch (LLM.int8 rounds activations to 8 bits and
-        looks for outliers in all rows), up to a few times what its own states differ by when the prompts are run one by one.
-        """
+        """Check, on the first and the last of the prompts that were recorded, that a replay gives the model's own states."""
         chosen = sorted({0, self.n_rows - 1})
         rows = self.keep_rows(torch.tensor(chosen, device=self.hidden.device))
         try:
