@@ -16,7 +16,7 @@ import torch
 
 from _machine import finish, parser, read, timed
 from nse_tools import EditableModel, FactList, known_facts, load_model, methods, score_facts
-from nse_tools.metrics._prompt_states import PromptStates
+from nse_tools.metrics._continuations import PromptStates
 from plain import plain_scores
 
 NLL = ["nll_new", "nll_true"]

@@ -17,7 +17,7 @@ from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
 from nse_tools.metrics.drift import hidden_shift
 from nse_tools.metrics.forgetting import round_scores
-from nse_tools.metrics.forgotten_facts import beside_own
+from nse_tools.metrics.forgotten_facts import relative_push
 from nse_tools.metrics.generation import ReferenceTexts, consistency, fluency, generate_texts, session_texts
 from nse_tools.metrics.neuron_reports import round_update
 from nse_tools.metrics.scores import NEIGHBORHOOD, REWRITE
@@ -168,7 +168,7 @@ def _effects_at(made: Sequence[EditRound], layer: int) -> pd.DataFrame:
 
 
 def _of_round(done: EditRound, keys: Tensor, own: Tensor, later: Tensor, rewritten: Tensor) -> pd.DataFrame:
-    disturbed, along = beside_own(later, own)
+    disturbed, along = relative_push(later, own)
     share = keys.square() / keys.square().sum(1, keepdim=True)
     return pd.DataFrame(
         {

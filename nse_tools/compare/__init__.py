@@ -1,10 +1,6 @@
-"""Methods compared on the same facts, cell by cell, kept on disk."""
+"""Compare methods on the same facts, cell by cell, kept on disk."""
 
 from nse_tools.compare.result import Comparison, load_comparison
-from nse_tools.compare.runner import compare
+from nse_tools.compare.runner import CompareOptions, compare
 
-__all__ = [
-    "Comparison",
-    "compare",
-    "load_comparison",
-]
+__all__ = ["CompareOptions", "Comparison", "compare", "load_comparison"]

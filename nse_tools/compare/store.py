@@ -1,4 +1,4 @@
-"""A comparison on disk: a manifest, the inputs of each seed, and one small folder a finished cell, there entirely or not at all."""
+"""Keep a comparison on disk: a manifest, the inputs of each seed, and one folder per finished cell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,22 @@ import torch
 from torch import Tensor
 
 from nse_tools.errors import SettingError
-from nse_tools.methods.base import Method
+from nse_tools.methods.base import Method, from_dict
 from nse_tools.models.files import alone_at, digest_of_bytes, write_durably, write_folder_durably
 
 _log = logging.getLogger(__name__)
-MANIFEST, ABOUT, SCORES, ROUNDS = "comparison.json", "cell.json", "scores", "rounds"
+MANIFEST, CELL, SCORES, ROUNDS = "comparison.json", "cell.json", "scores", "rounds"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What reading a damaged file, or one within a damaged zip file, raises."""
 COLLECTED = ("methods", "commands")
-"""Entries of the manifest to which a comparison that goes on adds its own."""
+"""Entries of the manifest to which every run adds its own."""
 RECORDED = (*COLLECTED, "model", "machine")
-"""Entries of the manifest that are written down and may differ when a comparison goes on."""
+"""Entries of the manifest that may differ between runs."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one method did to one model under one seed.
+    """The result of one method under one seed.
 
     Parameters
     ----------
@@ -44,9 +44,9 @@ class Cell:
     seed : int
         The seed.
     scores : DataFrame
-        One row a tested round and fact: ``round`` (0: unedited), ``edited_in_round``, ``fact``, and the measures in percent.
+        One row per tested round and fact: ``round`` (0: unedited), ``edited_in_round``, ``fact``, and the measures in percent.
     rounds : DataFrame
-        One row a round, from 0: ``round``, ``edits`` up to it, ``perplexity`` where it was tested, and what the session noted.
+        One row per round, from 0: ``round``, ``edits`` up to it, ``perplexity`` where it was tested, and what the session records.
     stopped : str, optional
         Why the method could not go on after its last round.
     also : mapping of str to DataFrame
@@ -70,138 +70,86 @@ Place = Path | zipfile.Path
 """A folder of results, or a folder inside a zip file."""
 
 
-def open_results(folder: str | Path) -> Place:
-    """Return a folder of results; where there is none, the contents of ``<folder>.zip``.
-
-    Raises
-    ------
-    SettingError
-        If that file is not a readable zip file.
-    """
-    place = Path(folder)
-    archive = place if place.suffix == ".zip" else place.with_name(f"{place.name}.zip")
-    if place.is_dir() or not archive.is_file():
-        return place
-    try:
-        return zipfile.Path(archive)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise SettingError(f"{archive}: expected a zip file of results, got a damaged one ({error}). Take a fresh copy.") from error
-
-
 class ComparisonFolder:
-    """The folder of one comparison; finished cells in it are never written again.
-
-    Parameters
-    ----------
-    path : Path
-        The folder.
-    """
+    """The folder of one comparison; a finished cell in it is never written again."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
     @classmethod
-    def open(cls, path: Path | str, about: Mapping[str, Any]) -> ComparisonFolder:
-        """Make the folder, or go on with one whose comparison is the same; note its methods and command.
-
-        Raises
-        ------
-        SettingError
-            If the folder holds a comparison of other facts, another model or other settings; it says which.
-        """
-        store, asked = cls(path), plain(about)
-        known: dict[str, list[str]] = {}
+    def open(cls, path: Path | str, manifest: Mapping[str, Any]) -> ComparisonFolder:
+        """Make the folder, or open one that holds the same comparison; add the methods and the command to its manifest."""
+        store, new = cls(path), plain(manifest)
+        before: dict[str, list[str]] = {}
         if (store.path / MANIFEST).exists():
-            there = store.about()
-            differing = _differences({**there, **{k: asked.get(k) for k in RECORDED}}, asked)
-            if differing:
+            old = read_manifest(store.path)
+            if differing := _differences({**old, **{key: new.get(key) for key in RECORDED}}, new):
                 raise SettingError(
-                    f"{store.path} holds another comparison: {differing}. Ask for the same again to go on with it, or give another folder."
+                    f"{store.path} holds another comparison: {differing}. Repeat that call to resume it, or give another folder."
                 )
-            known = {name: there.get(name, []) for name in COLLECTED}
-        collected = {name: list(dict.fromkeys([*known.get(name, []), *asked.get(name, [])])) for name in COLLECTED}
-        write_durably(store.path / MANIFEST, _json({**asked, **collected}).encode())
+            before = {name: old.get(name, []) for name in COLLECTED}
+        collected = {name: list(dict.fromkeys([*before.get(name, []), *new.get(name, [])])) for name in COLLECTED}
+        write_durably(store.path / MANIFEST, _json({**new, **collected}).encode())
         return store
-
-    def about(self) -> dict[str, Any]:
-        """Return the manifest.
-
-        Raises
-        ------
-        SettingError
-            If there is none, or it cannot be read.
-        """
-        return read_manifest(self.path)
 
     # ---- inputs of a seed --------------------------------------------------------------------------------------------
     def inputs(self, seed: int) -> dict[str, Any] | None:
-        """Return what was noted of a seed's inputs: its contexts, and digests of C by layer."""
+        """Read what was noted of a seed's inputs: its contexts, and digests of C by layer."""
         file = self.path / "seeds" / f"seed{seed}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def note_inputs(self, seed: int, inputs: Mapping[str, Any]) -> None:
-        """Note a seed's inputs, beside what is noted of C at other layers.
-
-        Raises
-        ------
-        SettingError
-            If C of a layer is not what cells of this seed were made with, up to the rounding of another machine.
-        """
-        there = self.inputs(seed) or {}
-        before, now = there.get("moments", {}), inputs["moments"]
+        """Note a seed's inputs; refuse a C that differs from the one of its finished cells by more than rounding."""
+        noted = self.inputs(seed) or {}
+        before, now = noted.get("moments", {}), inputs["moments"]
         changed = sorted(layer for layer in before.keys() & now.keys() if before[layer] != now[layer])
-        if differing := [layer for layer in changed if not _same_to_rounding(there, inputs, layer)]:
+        if differing := [layer for layer in changed if not _equal_up_to_rounding(noted, inputs, layer)]:
             raise SettingError(
                 f"seed {seed}: the key statistics C of layers {', '.join(differing)} are not those that the finished cells in {self.path} "
-                "were made with (other text, or another model?). Go on with what the comparison was begun with, or give another folder."
+                "were made with (other text, or another model?). Use the same inputs, or give another folder."
             )
         if changed:
-            _log.warning("seed %d: C of layers %s is that of the finished cells to rounding only (another machine?)", seed, changed)
-        merged = {**there, **inputs}
-        for name in ("moments", "sketches"):
-            merged[name] = {**inputs.get(name, {}), **there.get(name, {})}
+            _log.warning("seed %d: C of layers %s equals that of the finished cells up to rounding (another machine?)", seed, changed)
+        merged = {**noted, **inputs}
+        for entry in ("moments", "sketches"):  # what the finished cells were made with stays noted
+            merged[entry] = {**inputs[entry], **noted.get(entry, {})}
         write_durably(self.path / "seeds" / f"seed{seed}.json", _json(merged).encode())
 
     # ---- cells -------------------------------------------------------------------------------------------------------
-    def find(self, method: Mapping[str, Any], seed: int) -> Cell | None:
-        """Return a finished cell.
-
-        Raises
-        ------
-        SettingError
-            If the cell of this name and seed was made with other settings (it says which), or is damaged.
-        """
-        place = self._place(str(method["name"]), seed)
-        if not (place / ABOUT).exists():
+    def find(self, method: Method, seed: int) -> Cell | None:
+        """Read a finished cell; refuse one that was made with other settings of its method."""
+        place = self._place(method.name, seed)
+        if not (place / CELL).exists():
             return None
         cell = _read(place)
-        # a setting younger than the cell acted as its default
-        asked = plain(method)
-        younger = {name: value for name, value in _defaults().items() if name in asked}
-        check_settings(place, {**younger, **cell.method}, asked)
+        made_with = from_dict(cell.method)  # settings that are younger than the cell have their defaults
+        if made_with != method:
+            raise SettingError(
+                f"{place} was made with other settings of {method.name!r}: "
+                f"{_differences(plain(made_with.settings()), plain(method.settings()))}. Rename the method, or delete that folder."
+            )
         return cell
 
     def write(self, cell: Cell) -> None:
-        """Write a finished cell: into a folder beside its place, then moved there with one rename."""
+        """Write a finished cell; it appears with one rename."""
         place = self._place(cell.name, cell.seed)
-        about = {"method": cell.method, "seed": cell.seed, "stopped": cell.stopped}
+        tables = {SCORES: cell.scores, ROUNDS: cell.rounds, **cell.also}
+        files = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
+        digests = {name: digest_of_bytes(data) for name, data in files.items()}
+        about = {"method": cell.method, "seed": cell.seed, "stopped": cell.stopped, "files": digests}
         try:
-            write_tables(place, {SCORES: cell.scores, ROUNDS: cell.rounds, **cell.also}, about)
+            write_folder_durably(place, {**files, CELL: _json(about).encode()})
         except OSError:
-            if not (place / ABOUT).exists():  # otherwise another process has finished the same cell meanwhile
+            if not (place / CELL).exists():  # otherwise another process has finished the same cell
                 raise
 
-    def cells(self) -> list[Cell]:
-        """Return all finished cells, in the order of the methods in the manifest and of the seeds."""
-        return read_cells(self.path)
+    def lock_cell(self, method: Method, seed: int, *, wait: bool) -> AbstractContextManager[bool]:
+        """Let one process at a time make a cell."""
+        return alone_at(self.path / "locks" / f"{self._place(method.name, seed).name}.lock", wait=wait)
 
-    def unfinished(self, name: str, seed: int) -> Path:
-        """Return where a cell is kept while it is being made."""
-        return self.path / "unfinished" / self._place(name, seed).name
-
-    def beginning(self, seed: int) -> AbstractContextManager[bool]:
-        """Let one process at a time begin a seed: the others then find its inputs noted."""
-        return alone_at(self.path / "unfinished" / f"seed{seed}.lock", wait=True)
+    def lock_seed(self, seed: int) -> AbstractContextManager[bool]:
+        """Let one process at a time make the inputs of a seed."""
+        return alone_at(self.path / "locks" / f"seed{seed}.lock", wait=True)
 
     def _place(self, name: str, seed: int) -> Path:
         slug = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
@@ -213,14 +161,20 @@ class ComparisonFolder:
         return f"ComparisonFolder({str(self.path)!r})"
 
 
-def read_manifest(place: Place) -> dict[str, Any]:
-    """Return the manifest of a comparison.
+def open_results(folder: str | Path) -> Place:
+    """Return a folder of results; where there is none, the contents of ``<folder>.zip``."""
+    place = Path(folder)
+    archive = place if place.suffix == ".zip" else place.with_name(f"{place.name}.zip")
+    if place.is_dir() or not archive.is_file():
+        return place
+    try:
+        return zipfile.Path(archive)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise SettingError(f"{archive}: expected a zip file of results, got a damaged one ({error}). Take a fresh copy.") from error
 
-    Raises
-    ------
-    SettingError
-        If there is none, or it cannot be read.
-    """
+
+def read_manifest(place: Place) -> dict[str, Any]:
+    """Read the manifest of a comparison."""
     try:
         manifest: dict[str, Any] = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -231,7 +185,7 @@ def read_manifest(place: Place) -> dict[str, Any]:
 
 
 def read_cells(place: Place) -> list[Cell]:
-    """Return the finished cells of a comparison, in the order of the methods in the manifest and of the seeds."""
+    """Read the finished cells of a comparison, in the order of the methods in the manifest and of the seeds."""
     order = {name: number for number, name in enumerate(read_manifest(place)["methods"])}
     cells = [_read(cell) for cell in _finished(place)]
     return sorted(cells, key=lambda cell: (order.get(cell.name, len(order)), cell.name, cell.seed))
@@ -244,122 +198,66 @@ def has_cells(place: Place) -> bool:
 
 def _finished(place: Place) -> list[Place]:
     folder = place / "cells"
-    return [cell for cell in folder.iterdir() if (cell / ABOUT).is_file()] if folder.is_dir() else []
+    return [cell for cell in folder.iterdir() if (cell / CELL).is_file()] if folder.is_dir() else []
 
 
 def check_names(also: Mapping[str, Any]) -> None:
-    """Refuse names of further tables that cannot be names of files beside the cell's own.
-
-    Raises
-    ------
-    SettingError
-        Naming the first.
-    """
+    """Refuse names of further tables that cannot be file names next to the cell's own tables."""
     for name in also:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in (SCORES, ROUNDS):
             raise SettingError(f"also={name!r}: expected a name of small letters, digits and _, other than 'scores' and 'rounds'.")
 
 
 def plain(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return data as it comes back from a JSON file."""
+    """Return data as a JSON file gives it back."""
     result: dict[str, Any] = json.loads(json.dumps(dict(data)))
     return result
 
 
-def _defaults() -> dict[str, Any]:
-    return plain({f.name: f.default for f in fields(Method) if f.default is not MISSING})
-
-
 def sketch(moments: Tensor) -> list[float]:
-    """Return some numbers that differ as much as two matrices do: rᵀ C r for eight random directions r, in units of key²."""
+    """Return rᵀ C r for eight random directions r (units of key²): close for two matrices that are equal up to rounding."""
     draw = torch.Generator().manual_seed(0)
     directions = torch.randn(len(moments), 8, generator=draw, dtype=torch.float64)
     directions /= directions.norm(dim=0)
     return [float(x) for x in (directions * (moments.double() @ directions)).sum(dim=0)]
 
 
-def _same_to_rounding(there: Mapping[str, Any], now: Mapping[str, Any], layer: str) -> bool:
-    """Say whether C of a layer, which another machine rounds in another way, is the same otherwise."""
-    old, new = (noted.get("sketches", {}).get(layer) for noted in (there, now))
-    return old is not None and new is not None and all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(old, new, strict=True))
-
-
-def check_settings(place: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse to go on with a cell that was made, or begun, with other settings of its method.
-
-    Raises
-    ------
-    SettingError
-        It says which.
-    """
-    if differing := _differences(there, asked):
-        raise SettingError(
-            f"{place} was made with other settings of {asked['name']!r}: {differing}. "
-            "Give the method another name, or delete that folder to have the cell made again."
-        )
-
-
-def write_tables(place: Path, tables: Mapping[str, pd.DataFrame], about: Mapping[str, Any]) -> None:
-    """Write tables, and what is to be said of them, into a folder: beside its place, then moved there with one rename.
-
-    Raises
-    ------
-    OSError
-        If something is at the place already, or it cannot be written.
-    """
-    files = {f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
-    digests = {name: digest_of_bytes(data) for name, data in files.items()}
-    write_folder_durably(place, {**files, ABOUT: _json({**about, "files": digests}).encode()})
-
-
-def read_tables(place: Place) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
-    """Read what :func:`write_tables` wrote: what is said, and the tables.
-
-    Raises
-    ------
-    SettingError
-        If it is damaged.
-    """
-    try:
-        about: dict[str, Any] = json.loads((place / ABOUT).read_text(encoding="utf-8"))
-        if changed := [name for name, digest in about["files"].items() if digest_of_bytes((place / name).read_bytes()) != digest]:
-            raise ValueError(f"{', '.join(changed)} changed since it was written")
-        return about, {Path(name).stem: read_table(place / name) for name in about["files"]}
-    except UNREADABLE as wrong:
-        raise _damaged(place, wrong) from wrong
-
-
-def _read(place: Place) -> Cell:
-    about, tables = read_tables(place)
-    try:
-        return Cell(about["method"], about["seed"], tables.pop(SCORES), tables.pop(ROUNDS), about["stopped"], tables)
-    except KeyError as wrong:
-        raise _damaged(place, wrong) from wrong
-
-
-def _damaged(place: Place, wrong: Exception) -> SettingError:
-    return SettingError(f"The cell in {place} is damaged ({wrong}). Delete that folder; a rerun makes it again.")
-
-
 def read_table(file: Place, texts: Sequence[str] = ("fact",)) -> pd.DataFrame:
-    """Read a table: ids like "NA" and "007" stay what they are, in all columns that hold texts, and numbers come back bit for bit."""
+    """Read a table; ids such as "NA" and "007" stay texts in the columns ``texts``, and numbers come back bit for bit."""
     kinds = dict.fromkeys(texts, str)
     with file.open("rb") as data:
         return pd.read_csv(data, dtype=kinds, keep_default_na=False, na_values=[""], float_precision="round_trip", encoding="utf-8")
 
 
-def _differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> str:
-    """Say in which entries two manifests differ; long values are not shown."""
-    found = []
-    for key in dict.fromkeys([*there, *asked]):
-        old, new = there.get(key), asked.get(key)
-        if old == new:
+def _read(place: Place) -> Cell:
+    try:
+        about: dict[str, Any] = json.loads((place / CELL).read_text(encoding="utf-8"))
+        if changed := [name for name, digest in about["files"].items() if digest_of_bytes((place / name).read_bytes()) != digest]:
+            raise ValueError(f"{', '.join(changed)} changed since it was written")
+        tables = {Path(name).stem: read_table(place / name) for name in about["files"]}
+        return Cell(about["method"], about["seed"], tables.pop(SCORES), tables.pop(ROUNDS), about["stopped"], tables)
+    except UNREADABLE as error:
+        raise SettingError(f"The cell in {place} is damaged ({error}). Delete that folder; the next run makes it again.") from error
+
+
+def _equal_up_to_rounding(noted: Mapping[str, Any], inputs: Mapping[str, Any], layer: str) -> bool:
+    """Whether C of a layer, which another machine rounds in another way, is the same otherwise."""
+    old, new = (entry.get("sketches", {}).get(layer) for entry in (noted, inputs))
+    return old is not None and new is not None and all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(old, new, strict=True))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
+    """Name the entries in which two mappings differ; long lists are not shown."""
+    parts = []
+    for key in dict.fromkeys([*old, *new]):
+        before, now = old.get(key), new.get(key)
+        if before == now:
             continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found.append(_differences(old, new, f"{within}{key}."))
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            parts.append(_differences(before, now, f"{prefix}{key}."))
         else:
-            found.append(f"{within}{key} is {_short(old)} there, {_short(new)} was asked for")
-    return "; ".join(found)
+            parts.append(f"{prefix}{key} is {_short(before)} there, {_short(now)} here")
+    return "; ".join(parts)
 
 
 def _short(value: Any) -> str:

@@ -1,9 +1,10 @@
-"""EleutherAI's lm-eval on a model as it is now: our own small tasks, or any of its own by name."""
+"""Score general ability with EleutherAI's lm-eval: our own small tasks, or any of its own by name."""
 
 from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from nse_tools.metrics._cache import Measurement
 from nse_tools.models.editable_model import EditableModel
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from nse_tools.editing.session import EditSession
 
 TASKS = Path(__file__).parent / "tasks"
@@ -41,56 +44,25 @@ def run_task(
     batch_size: int = 16,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Run one task (or group of tasks) of lm-eval under the weights of the moment.
-
-    Of lm-eval's two entries this uses ``evaluate``: ``simple_evaluate`` also seeds every global generator, asks git for a
-    commit and collects the machine's description, none of which belongs into a session.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model.
-    task : str
-        One of :data:`OWN_TASKS`, a name that lm-eval knows, or the path of a task file.
-    limit : int, optional
-        The first items only.
-    num_fewshot : int, optional
-        Solved examples in front of each item; the task's own number by default.
-    batch_size : int
-        Rows in one forward.
-    progress : bool
-        Let lm-eval show its progress bars.
-
-    Returns
-    -------
-    DataFrame
-        One row a task and metric: ``task``, ``metric``, ``value``, ``stderr`` (of the mean over items; missing where lm-eval
-        gives none), ``n`` items, ``chance`` (what guessing gets, where the task says it).
-
-    Raises
-    ------
-    MissingPackageError
-        If lm-eval is not installed.
-    SettingError
-        If there is no such task, or its data cannot be had.
-    """
+    """Run one task (or group of tasks) of lm-eval under the current weights; return one row per task and metric."""
     check_installed()
     with _quiet(progress):
         from lm_eval.evaluator import evaluate
 
         loaded = _load(task)
         for each in loaded["tasks"].values():
-            own = each.get_config("num_fewshot")
+            default = each.get_config("num_fewshot")
             # a task that says 0 means it, as in lm-eval
-            each.set_config("num_fewshot", own or 0 if num_fewshot is None or own == 0 else num_fewshot)
+            each.set_config("num_fewshot", default or 0 if num_fewshot is None or default == 0 else num_fewshot)
             each.set_fewshot_seed(seed=FEWSHOT_SEED)
         with model.running():
-            found = evaluate(lm=lm_eval_model(model, batch_size), task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
-    return _table(found)
+            # not simple_evaluate, which also seeds every global generator and asks git for a commit
+            results = evaluate(lm=lm_eval_model(model, batch_size), task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+    return _table(results)
 
 
 def lm_eval_model(model: EditableModel, batch_size: int = 16) -> Any:
-    """Return the model, with its weights of the moment, as lm-eval's ``HFLM``."""
+    """Return the model, with its current weights, as lm-eval's ``HFLM``."""
     from lm_eval.models.huggingface import HFLM
 
     # a copy, because lm-eval gives the tokenizer a padding token
@@ -98,13 +70,7 @@ def lm_eval_model(model: EditableModel, batch_size: int = 16) -> Any:
 
 
 def check_installed() -> None:
-    """Refuse to go on without lm-eval.
-
-    Raises
-    ------
-    MissingPackageError
-        Saying what to install.
-    """
+    """Refuse to go on without lm-eval."""
     if find_spec("lm_eval") is None:
         raise MissingPackageError(
             "General ability is measured with EleutherAI's lm-eval, which is not installed. "
@@ -115,7 +81,7 @@ def check_installed() -> None:
 def _load(task: str) -> Any:
     from lm_eval.tasks import TaskManager
 
-    # looking through lm-eval's own thousands of task files takes seconds, so only where one of them is asked for
+    # looking through lm-eval's own thousands of task files takes seconds
     manager = TaskManager(include_path=str(TASKS), include_defaults=task not in OWN_TASKS)
     if task not in manager.all_tasks and not Path(task).is_file():
         close = get_close_matches(task, manager.all_tasks, n=3)
@@ -130,9 +96,9 @@ def _load(task: str) -> Any:
         ) from missing
 
 
-def _table(found: Any) -> pd.DataFrame:
+def _table(results: Any) -> pd.DataFrame:
     rows = []
-    for task, values in found["results"].items():
+    for task, values in results["results"].items():
         for key, value in values.items():
             metric, _, filtered = key.partition(",")
             if not filtered or metric.endswith("_stderr"):
@@ -144,16 +110,24 @@ def _table(found: Any) -> pd.DataFrame:
                     "metric": metric if filtered == "none" else f"{metric} ({filtered})",
                     "value": float(value),
                     "stderr": stderr if isinstance(stderr, float) else float("nan"),
-                    "n": found["n-samples"].get(task, {}).get("effective"),
-                    "chance": (found["configs"].get(task, {}).get("metadata") or {}).get("chance", float("nan")),
+                    "n": results["n-samples"].get(task, {}).get("effective"),
+                    "chance": (results["configs"].get(task, {}).get("metadata") or {}).get("chance", float("nan")),
                 }
             )
     return pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "n", "chance"])
 
 
+def load_items(items: str, **_: object) -> dict[str, Dataset]:
+    """Return the items of one of our tasks as the split that lm-eval asks for; the task files name this function."""
+    from datasets import Dataset
+
+    lines = (TASKS / items).read_text(encoding="utf-8").splitlines()
+    return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+
+
 @contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Keep lm-eval's notes to itself (and its bars, unless progress is shown), and its bootstrap in this process."""
+    """Suppress lm-eval's messages (and its bars, unless progress is shown); keep its bootstrap in this process."""
     log, before = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -174,12 +148,13 @@ def _quiet(progress: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AbilityScores:
-    """How a model did at tasks that have nothing to do with its edits, after some rounds.
+    """Scores at tasks that have nothing to do with the edits, after some rounds.
 
     Parameters
     ----------
     table : DataFrame
-        One row a round, task and metric: ``round``, ``task``, ``metric``, ``value``, ``stderr``, ``n`` items, ``chance``.
+        One row per round, task and metric: ``round``, ``task``, ``metric``, ``value``, ``stderr`` (of the mean over items), ``n`` items,
+        ``chance`` (what guessing gets, where the task says it).
     model : str
         The model's name.
     limit : int or None
@@ -197,7 +172,7 @@ class AbilityScores:
     lm_eval: str
 
     def by_round(self) -> pd.DataFrame:
-        """Return the values with one row a task and metric and one column a round."""
+        """Return the values with one row per task and metric and one column per round."""
         wide = self.table.pivot_table(index=["task", "metric", "chance"], columns="round", values="value", sort=False, dropna=False)
         return wide.dropna(how="all").reset_index(level="chance")
 
@@ -229,7 +204,7 @@ def session_ability(
     num_fewshot: int | None = None,
     batch_size: int = 16,
 ) -> AbilityScores:
-    """Run tasks of lm-eval on the model as it was after some rounds; what was measured before is remembered with the session.
+    """Run tasks of lm-eval on the model after some rounds; the results are cached in the session.
 
     Parameters
     ----------
@@ -253,12 +228,11 @@ def session_ability(
     MissingPackageError
         If lm-eval is not installed.
     SettingError
-        If there is no such round or task, a task's data cannot be had, or there is nothing to measure.
+        If there is no such round or task, a task's data cannot be loaded, or there is nothing to measure.
     """
     check_installed()
     names = list(OWN_TASKS) if tasks is None else [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
-    asked = [0, len(session)] if rounds is None else [rounds] if isinstance(rounds, int) else rounds
-    numbers = sorted(set(asked))
+    numbers = sorted({0, len(session)} if rounds is None else {rounds} if isinstance(rounds, int) else set(rounds))
     if not names or not numbers:
         raise SettingError(f"ability: tasks={tasks!r}, rounds={rounds!r} leave nothing to measure.")
     if limit is not None and (not isinstance(limit, int) or limit < 1):

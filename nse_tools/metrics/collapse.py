@@ -1,4 +1,4 @@
-"""Is it still a language model? Perplexity, repetition and broken logits after each round of a session."""
+"""Detect model collapse: perplexity, repetition and broken logits after each round of a session."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OUTPUTS = Measurement[tuple[float, float]]("repetition and broken logits")
 
 @dataclass(frozen=True)
 class CollapseSigns:
-    """What a model looks like after one round, beside the unedited model.
+    """Signs of collapse after one round, compared with the unedited model.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class CollapseReport:
     Parameters
     ----------
     rounds : tuple of CollapseSigns
-        One a round, in order.
+        One per round, in order.
     detector : CollapseDetector
         What counts as a sign.
     """
@@ -85,7 +85,7 @@ class CollapseReport:
         return next((signs for signs in self.rounds if signs.found), None)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a round: what was measured, and the signs found (comma-separated)."""
+        """Return one row per round: what was measured, and the signs found (comma-separated)."""
         return pd.DataFrame([vars(signs) | {"found": ", ".join(signs.found)} for signs in self.rounds])
 
     def __repr__(self) -> str:
@@ -98,7 +98,7 @@ class CollapseReport:
 
 @dataclass(frozen=True)
 class CollapseDetector:
-    """Looks after a round whether the model is failing; ``session.edit_all(facts, rounds_of, watch=CollapseDetector())``.
+    """Check after a round whether the model collapses; ``session.edit_all(facts, rounds_of, watch=CollapseDetector())``.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class CollapseDetector:
     repetition_rise : float
         Repetition more than this above the unedited model's (both shares in [0, 1]) is a sign; 1 for never.
     stop : bool
-        Take the round back and raise :class:`CollapseError`, instead of only warning.
+        Undo the round and raise :class:`CollapseError`, instead of only warning.
 
     Raises
     ------
@@ -126,12 +126,12 @@ class CollapseDetector:
             raise SettingError(f"repetition_rise={self.repetition_rise!r}: expected a share in (0, 1].")
 
     def __call__(self, session: EditSession) -> CollapseSigns:
-        """Look at the session's last round: warn, or stop, where it shows a sign of collapse.
+        """Check the session's last round; warn, or undo it and raise, where it shows a sign of collapse.
 
         Raises
         ------
         CollapseError
-            With ``stop``, at a sign. The round is taken back: the session, its rounds and the weights are, bit for bit, what
+            With ``stop``, at a sign. The round is undone: the session, its rounds and the weights are, bit for bit, what
             they were before it, and the error's ``signs`` and ``taken`` hold what was measured and the round's record.
         """
         signs = self.signs(session, len(session))
@@ -143,25 +143,19 @@ class CollapseDetector:
             return signs
         taken = session.undo()
         kept = f"rounds 1 to {len(session)} are kept" if len(session) else "no round is left"
-        raise CollapseError(f"{message} It was taken back; {kept}, and the model is as it was after round {len(session)}.", signs, taken)
+        raise CollapseError(f"{message} It was undone; {kept}, and the model is as it was after round {len(session)}.", signs, taken)
 
     def signs(self, session: EditSession, round: int) -> CollapseSigns:
-        """Return what the model looks like after a round (0: unedited); what was measured before is remembered with the session.
-
-        Raises
-        ------
-        SettingError
-            If there is no such round.
-        """
+        """Return the signs after a round (0: unedited); the measurements are cached in the session."""
         perplexities = [round_perplexity(session, t) for t in (round, 0)]
         (repeated, broken), (before, _) = (_outputs(session, t) for t in (round, 0))
         factor, rise = perplexities[0] / perplexities[1], repeated - before
-        found = {
+        signs = {
             "perplexity": not factor <= self.perplexity_factor,  # NaN (inf / inf) is a sign too
             "repetition": rise > self.repetition_rise,
             "non-finite logits": broken > 0,
         }
-        return CollapseSigns(round, perplexities[0], factor, repeated, rise, broken, tuple(name for name, is_so in found.items() if is_so))
+        return CollapseSigns(round, perplexities[0], factor, repeated, rise, broken, tuple(name for name, shows in signs.items() if shows))
 
     def report(self, session: EditSession) -> CollapseReport:
         """Return the signs after every round of a session, the unedited model first."""
@@ -169,15 +163,7 @@ class CollapseDetector:
 
 
 def repetition(texts: Sequence[Sequence[int]] | Tensor, n: int = _N) -> float:
-    """Return the share of repeated n-grams: 1 − |distinct n-grams| / |n-grams|, mean over texts (seq-rep-n, arXiv 1908.04319).
-
-    Parameters
-    ----------
-    texts : sequence of sequence of int
-        Token ids, n at least in each text.
-    n : int
-        Length of the n-grams.
-    """
+    """Return the share of repeated n-grams: 1 − |distinct n-grams| / |n-grams|, mean over texts (seq-rep-n, arXiv 1908.04319)."""
     shares = []
     for text in texts:
         grams = [tuple(map(int, text[i : i + n])) for i in range(len(text) - n + 1)]
@@ -186,7 +172,7 @@ def repetition(texts: Sequence[Sequence[int]] | Tensor, n: int = _N) -> float:
 
 
 def _outputs(session: EditSession, round: int) -> tuple[float, float]:
-    """Return repetition and share of broken logits as of a round."""
+    """Return repetition and share of broken logits after a round."""
 
     def measure() -> tuple[float, float]:
         with session.at(round) as model:
@@ -197,7 +183,7 @@ def _outputs(session: EditSession, round: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def _measure(model: EditableModel) -> tuple[float, float]:
-    """Go on greedily from the beginnings of shipped passages, all of one length, so that nothing is padded."""
+    """Continue the beginnings of shipped passages greedily, all of one length, so that nothing is padded."""
     beginnings = [model.encode(text).ids[:_PROMPT_TOKENS] for text in passages()[:_TEXTS]]
     ids = torch.tensor(beginnings, device=model.device)
     with model.running():

@@ -1,4 +1,4 @@
-"""Drift: how far edits move the model where nothing should move, on neutral text."""
+"""Measure drift: how far edits move the model on neutral text, its weights, and hidden states of unrelated prompts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -22,6 +22,8 @@ from nse_tools.tracing._engine.batching import batches, pad
 from nse_tools.tracing.hidden_states import LastTokenStates
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from nse_tools.editing.session import EditSession
 
 _ROWS = 256
@@ -30,17 +32,7 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class NextTokens:
-    """A model's next-token distributions at every place of some texts, kept as what the unembedding reads.
-
-    Edits change down projections only, so the final norm's outputs stand for the distributions, in far less memory.
-
-    Parameters
-    ----------
-    texts : tuple of str
-        The texts.
-    states : tuple of Tensor
-        For each text, (n_tokens, d_model): outputs of the final norm, on CPU.
-    """
+    """A model's next-token distributions at every place of some texts, kept as what the unembedding reads."""
 
     texts: tuple[str, ...] = field(repr=False)
     states: tuple[Tensor, ...] = field(repr=False)
@@ -48,24 +40,18 @@ class NextTokens:
     @classmethod
     @torch.no_grad()
     def record(cls, model: EditableModel, texts: Sequence[str] | None = None) -> NextTokens:
-        """Run texts (by default the passages shipped with the package) under the weights of the moment.
-
-        Raises
-        ------
-        SettingError
-            If there is no text, or one without a token.
-        """
+        """Run texts (by default the passages shipped with the package) under the current weights."""
         texts = tuple(passages() if texts is None else texts)
         rows = [model.encode(text).ids[: model.n_positions] for text in texts]
         if not rows or not all(rows):
             raise SettingError("drift: give at least one neutral text, and none that is empty.")
-        found: dict[int, Tensor] = {}
-        for chosen in batches([len(r) for r in rows]):
-            tokens = pad([rows[i] for i in chosen], model.pad_id, model.device)
+        by_row: dict[int, Tensor] = {}
+        for numbers in batches([len(r) for r in rows]):
+            tokens = pad([rows[i] for i in numbers], model.pad_id, model.device)
             with model.running():
                 states = model.hf.base_model(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).last_hidden_state
-            found |= {row: states[place, : len(rows[row])].cpu().clone() for place, row in enumerate(chosen)}
-        return cls(texts, tuple(found[row] for row in range(len(rows))))
+            by_row |= {row: states[place, : len(rows[row])].cpu().clone() for place, row in enumerate(numbers)}
+        return cls(texts, tuple(by_row[row] for row in range(len(rows))))
 
     def __repr__(self) -> str:
         return f"NextTokens({len(self.texts)} texts, {sum(map(len, self.states))} distributions)"
@@ -73,24 +59,24 @@ class NextTokens:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a model has moved from its unedited self after each round.
+    """How far a model has moved from the unedited model after each round.
 
     Parameters
     ----------
     texts : DataFrame
-        One row a round and neutral text: ``round``, ``text`` (number), ``tokens``, ``kl`` (nats a token), ``agreement`` (share of
-        places with the same likeliest token).
+        One row per round and neutral text: ``round``, ``text`` (number), ``tokens``, ``kl`` (nats per token), ``agreement`` (share of
+        places with the same most likely token).
     weights : DataFrame
-        One row a round and edited layer: ``round``, and what :func:`weight_growth` says.
+        One row per round and edited layer: ``round``, and the columns of :func:`weight_growth`.
     """
 
     texts: pd.DataFrame = field(repr=False)
     weights: pd.DataFrame = field(repr=False)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a round.
+        """Return one row per round.
 
-        ``kl`` is the mean over all places, ``kl_worst`` the largest mean of a text, both in nats a token; ``agreement`` is in
+        ``kl`` is the mean over all places, ``kl_worst`` the largest mean of a text, both in nats per token; ``agreement`` is in
         percent; ``norm_ratio`` and ``relative_change`` are of the edited layers' weights taken together.
         """
         rows = []
@@ -122,22 +108,7 @@ class Drift:
 
 @torch.no_grad()
 def next_token_drift(model: EditableModel, before: NextTokens) -> pd.DataFrame:
-    """Compare the next-token distributions of the moment with those recorded before.
-
-    KL(p_before ‖ p_now) = Σ_v p_before(v) log(p_before(v) / p_now(v)), averaged over all places of a text.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model, under the weights of the moment.
-    before : NextTokens
-        What it said before, on the same texts.
-
-    Returns
-    -------
-    DataFrame
-        One row a text: ``text`` (number), ``tokens``, ``kl`` in nats a token (infinite where the model is broken), ``agreement``.
-    """
+    """Compare the current next-token distributions with recorded ones: mean KL(before ‖ now) and agreement per text."""
     now = NextTokens.record(model, before.texts)
     rows = []
     for number, (old, new) in enumerate(zip(before.states, now.states, strict=True)):
@@ -156,7 +127,7 @@ _DRIFT = Measurement[tuple[pd.DataFrame, pd.DataFrame]]("drift")
 
 
 def session_drift(session: EditSession, round: int | None = None, texts: Sequence[str] | None = None) -> Drift:
-    """Measure the drift after every round, or one; what was measured before is remembered with the session.
+    """Measure the drift after every round, or one; the measurements are cached in the session.
 
     Parameters
     ----------
@@ -167,28 +138,28 @@ def session_drift(session: EditSession, round: int | None = None, texts: Sequenc
     texts : sequence of str, optional
         Neutral texts; the shipped passages by default.
     """
-    chosen = tuple(passages() if texts is None else texts)
+    texts = tuple(passages() if texts is None else texts)
 
     def record() -> NextTokens:
         with session.at(0) as model:
-            return NextTokens.record(model, chosen)
+            return NextTokens.record(model, texts)
 
     def measure(after: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         with session.at(after) as model:
             return next_token_drift(model, unedited), weight_growth(model, session.method.edited_layers)
 
     cache = session.metric_cache
-    unedited = cache.get_or_measure(_NEXT_TOKENS, 0, chosen, record)
+    unedited = cache.get_or_measure(_NEXT_TOKENS, 0, texts, record)
     parts = []
     for t in range(len(session) + 1) if round is None else [round]:
-        tables = cache.get_or_measure(_DRIFT, t, chosen, partial(measure, t))
+        tables = cache.get_or_measure(_DRIFT, t, texts, partial(measure, t))
         parts.append([table.assign(round=t) for table in tables])
     moved, grown = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
     return Drift(moved, grown)
 
 
 def weight_growth(model: EditableModel, layers: Sequence[int] | None = None) -> pd.DataFrame:
-    """Compare the down projections of the moment, W_t, with the originals, W₀.
+    """Compare the current down projections, W_t, with the originals, W₀.
 
     Parameters
     ----------
@@ -200,7 +171,7 @@ def weight_growth(model: EditableModel, layers: Sequence[int] | None = None) -> 
     Returns
     -------
     DataFrame
-        One row a layer: ``layer``, ``norm_before`` ‖W₀‖, ``norm_ratio`` ‖W_t‖/‖W₀‖, ``relative_change`` ‖W_t − W₀‖/‖W₀‖
+        One row per layer: ``layer``, ``norm_before`` ‖W₀‖, ``norm_ratio`` ‖W_t‖/‖W₀‖, ``relative_change`` ‖W_t − W₀‖/‖W₀‖
         (Frobenius norms).
 
     Raises
@@ -218,7 +189,7 @@ def weight_growth(model: EditableModel, layers: Sequence[int] | None = None) -> 
 
 @dataclass(frozen=True)
 class HiddenShift:
-    """Hidden states of some prompts' last tokens as of some rounds.
+    """Hidden states of some prompts' last tokens after some rounds.
 
     Parameters
     ----------
@@ -244,7 +215,7 @@ class HiddenShift:
     coordinates: Tensor = field(repr=False)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a round and prompt: ``pc1``, ``pc2``, ``moved`` ‖h_t − h_first‖, ``relative`` = moved/‖h_first‖."""
+        """Return one row per round and prompt: ``pc1``, ``pc2``, ``moved`` ‖h_t − h_first‖, ``relative`` = moved/‖h_first‖."""
         moved = (self.states - self.states[:1]).norm(dim=-1)
         n = len(self.prompts)
         return pd.DataFrame(
@@ -269,11 +240,11 @@ class HiddenShift:
         means = self.to_frame().groupby("round", as_index=False)[["moved", "relative"]].mean()
         return table_html(means, head=self)
 
-    def plot(self, **options: Any) -> Any:
+    def plot(self, *, title: str | None = None) -> go.Figure:
         """Draw the plane (:func:`nse_tools.plots.hidden_shift`)."""
         from nse_tools.plots.probing import hidden_shift
 
-        return hidden_shift(self, **options)
+        return hidden_shift(self, title)
 
 
 def hidden_shift(
@@ -286,7 +257,7 @@ def hidden_shift(
     Parameters
     ----------
     session : EditSession
-        The session; its model is as it was afterwards.
+        The session; its model is unchanged afterwards.
     prompts : sequence of str, optional
         By default the facts' neighbourhood prompts, which no edit should touch; without any, the shipped passages.
     layer : int, optional
@@ -301,23 +272,21 @@ def hidden_shift(
     """
     model = session.model
     texts = tuple(dict.fromkeys(_unrelated(session) if prompts is None else prompts))
-    chosen = tuple(dict.fromkeys((0, len(session)) if rounds is None else rounds))
-    if len(texts) < 3 or len(chosen) < 2 or not all(model.encode(text).ids for text in texts):
-        raise SettingError(
-            f"hidden_shift: {len(texts)} prompts, rounds {chosen}: expected three different prompts and two rounds at least."
-        )
+    after = tuple(dict.fromkeys((0, len(session)) if rounds is None else rounds))
+    if len(texts) < 3 or len(after) < 2 or not all(model.encode(text).ids for text in texts):
+        raise SettingError(f"hidden_shift: {len(texts)} prompts, rounds {after}: expected three different prompts and two rounds at least.")
     at, first = model.n_layers - 1 if layer is None else layer, min(session.method.layers)
     if at < first:
         raise SettingError(f"layer={at}: nothing changes below layer {first}, the first that is edited.")
     # weights below the first edited layer never change: every round starts from the states that enter it
     recorded = LastTokenStates.record(model, [model.encode(text).ids for text in texts], first, at)
-    found = []
-    for t in chosen:
+    recordings = []
+    for t in after:
         with session.at(t):
-            found.append(recorded.hidden(at).float().cpu())
-    states = torch.stack(found)
+            recordings.append(recorded.hidden(at).float().cpu())
+    states = torch.stack(recordings)
     coordinates, explained = _principal_plane(states)
-    return HiddenShift(at, texts, chosen, states, explained, coordinates)
+    return HiddenShift(at, texts, after, states, explained, coordinates)
 
 
 def _unrelated(session: EditSession) -> Sequence[str]:

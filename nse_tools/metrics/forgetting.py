@@ -1,4 +1,4 @@
-"""What is left of earlier rounds after later ones: scores and the forgetting matrix of a session."""
+"""Measure how much of each round is kept after later rounds: scores per round, the forgetting matrix, retention."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import pandas as pd
 from nse_tools._repr import table_html
 from nse_tools.errors import SettingError, nearest
 from nse_tools.metrics._cache import Measurement
-from nse_tools.metrics._prompt_states import PromptStates
+from nse_tools.metrics._continuations import PromptStates
 from nse_tools.metrics.perplexity import perplexity
 from nse_tools.metrics.scores import MEASURES, REWRITE, FactScores, measure_names, score_facts
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from nse_tools.data.fact import Fact
     from nse_tools.data.fact_list import FactList
     from nse_tools.editing.session import EditSession
@@ -41,7 +43,7 @@ class ForgettingMatrix:
     measure : str
         What was measured, a column of :meth:`FactScores.per_fact`.
     per_fact : DataFrame
-        One row a round t and fact: ``after_round``, ``edited_in_round``, ``fact``, ``value`` in percent.
+        One row per round t and fact: ``after_round``, ``edited_in_round``, ``fact``, ``value`` in percent.
     """
 
     values: np.ndarray = field(repr=False)
@@ -62,22 +64,21 @@ class ForgettingMatrix:
         return pd.Series(np.diag(self.values), index=pd.RangeIndex(1, self.n_rounds + 1, name="after_round"))
 
     def forgotten(self) -> pd.DataFrame:
-        """Return the facts that held right after their own round and do not hold after the last, with the round they were lost in.
+        """Return the facts that held right after their own round and do not hold after the last, with the round that lost them.
 
         Facts that were corrected meanwhile are not among them.
         """
         table = self.per_fact.pivot_table(index=["fact", "edited_in_round"], columns="after_round", values="value")
         rows = []
-        for (fact, own), seen in zip(table.index.tolist(), table.to_numpy(), strict=True):
-            asked = pd.Series(seen, index=table.columns).loc[own:]
-            held = asked >= HOLDS_AT
-            if held.iloc[0] and not held.iloc[-1] and asked.notna().iloc[-1]:
-                lost = held[held].index[-1] + 1
-                rows.append({"fact": fact, "edited_in_round": own, "lost_in_round": lost})
+        for (fact, edited_in), row in zip(table.index.tolist(), table.to_numpy(), strict=True):
+            values = pd.Series(row, index=table.columns).loc[edited_in:]
+            holds = values >= HOLDS_AT
+            if holds.iloc[0] and not holds.iloc[-1] and values.notna().iloc[-1]:
+                rows.append({"fact": fact, "edited_in_round": edited_in, "lost_in_round": holds[holds].index[-1] + 1})
         return pd.DataFrame(rows, columns=["fact", "edited_in_round", "lost_in_round"])
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a pair t ≥ s: ``after_round``, ``edited_in_round``, ``value`` in percent."""
+        """Return one row per pair t ≥ s: ``after_round``, ``edited_in_round``, ``value`` in percent."""
         rows = [(t + 1, s + 1, self.values[t, s]) for t in range(self.n_rounds) for s in range(t + 1)]
         return pd.DataFrame(rows, columns=["after_round", "edited_in_round", "value"])
 
@@ -95,96 +96,11 @@ class ForgettingMatrix:
         frame = pd.DataFrame(self.values, index.rename("after round"), index.rename("facts of round"))
         return table_html(frame, head=self, index=True)
 
-    def plot(self, **options: Any) -> Any:
+    def plot(self, *, title: str | None = None) -> go.Figure:
         """Draw the matrix (:func:`nse_tools.plots.forgetting_matrix`)."""
         from nse_tools.plots.forgetting import forgetting_matrix
 
-        return forgetting_matrix(self, **options)
-
-
-def round_scores(session: EditSession, round: int, facts: FactList | None = None, kinds: tuple[str, ...] = tuple(MEASURES)) -> FactScores:
-    """Score facts as of a round (0: unedited); what was scored before is remembered with the session.
-
-    Parameters
-    ----------
-    session : EditSession
-        The session.
-    round : int
-        After which round.
-    facts : FactList, optional
-        Which facts; all edited up to that round by default (for round 0: all of the session), corrected ones in their newest round only.
-    kinds : tuple of str
-        Kinds of prompts.
-
-    Returns
-    -------
-    FactScores
-        With ``agreement`` with the unedited model.
-    """
-    if facts is None:
-        facts = _joined(session.facts_at(round or len(session)))
-    cache = session.metric_cache
-    missing = [f for f in facts if not cache.has(FACT_SCORES, round, (f, kinds))]
-    if missing:
-        before = round_scores(session, 0, type(facts)(missing), kinds) if round else None
-        with session.at(round):
-            # the facts of a round together, so that their batches are the same each time
-            for batch in _by_round(session, missing):
-                found = score_facts(
-                    session.model,
-                    batch,
-                    before=before,
-                    kinds=kinds,
-                    states=None if session.executor else prompt_states(session),
-                    progress=session.progress,
-                    executor=session.executor,
-                )
-                for fact_id, rows in found.prompts.groupby("fact", sort=False):
-                    cache.put(FACT_SCORES, round, (next(f for f in batch if f.id == fact_id), kinds), rows)
-    return FactScores(pd.concat([cache.get(FACT_SCORES, round, (f, kinds)) for f in facts], ignore_index=True))
-
-
-def _joined(batches: Sequence[FactList]) -> FactList:
-    return sum(batches[1:], start=batches[0])
-
-
-def prompt_states(session: EditSession) -> PromptStates:
-    """Return the session's store of prompts as they enter its first edited layer, which every later scoring starts from."""
-    first = min(session.method.layers)
-    # true of the unedited model too: no rewinding makes it stale
-    return session.metric_cache.get_or_measure(PROMPT_STATES, 0, first, lambda: PromptStates(session.model, first))
-
-
-def _by_round(session: EditSession, facts: Sequence[Fact]) -> list[list[Fact]]:
-    """Divide facts by the round they were first edited in; those of no round come last."""
-    rounds: dict[Fact, int] = {}
-    for number, batch in enumerate(session.facts):
-        for fact in batch:
-            rounds.setdefault(fact, number)
-    groups: dict[int, list[Fact]] = defaultdict(list)
-    for fact in facts:
-        groups[rounds.get(fact, len(session))].append(fact)
-    return [groups[number] for number in sorted(groups)]
-
-
-def session_scores(session: EditSession, round: int | None = None, *, with_perplexity: bool = True) -> pd.DataFrame:
-    """Return the measures after each round (or one) on all facts edited up to then, in percent: one row a round.
-
-    ``efficacy_fresh`` is the efficacy on the round's own facts; round 0 is the unedited model on the first round's facts;
-    ``perplexity`` is taken on the shipped passages.
-    """
-    if not len(session):
-        return pd.DataFrame()
-    rows = []
-    for t in range(len(session) + 1) if round is None else [round]:
-        scores = round_scores(session, t, session.facts[0] if t == 0 else None)
-        row: dict[str, Any] = {"round": t, "facts": scores.prompts.fact.nunique(), **scores.summary()}
-        if t:
-            row["efficacy_fresh"] = scores.of(session.facts[t - 1].ids).summary().get("efficacy", np.nan)
-        if with_perplexity:
-            row["perplexity"] = round_perplexity(session, t)
-        rows.append(row)
-    return pd.DataFrame(rows)
+        return forgetting_matrix(self, title)
 
 
 def forgetting_matrix(session: EditSession, measure: str = "efficacy") -> ForgettingMatrix:
@@ -208,18 +124,20 @@ def forgetting_matrix(session: EditSession, measure: str = "efficacy") -> Forget
     """
     if measure not in measure_names():
         raise SettingError(f"measure={measure!r}: there is no such measure.{nearest(measure, measure_names())}")
-    n = len(session)
     rewrite_only = measure.startswith(MEASURES[REWRITE])
     parts, taken = [], set[str]()
-    for t in range(1, n + 1):
-        full_known = all(session.metric_cache.has(FACT_SCORES, t, (f, tuple(MEASURES))) for batch in session.facts_at(t) for f in batch)
-        kinds = (REWRITE,) if rewrite_only and not full_known else tuple(MEASURES)
+    for t in range(1, len(session) + 1):
+        facts = session.facts_at(t)
+        all_scored = all(session.metric_cache.has(FACT_SCORES, t, (f, tuple(MEASURES))) for batch in facts for f in batch)
+        kinds = (REWRITE,) if rewrite_only and not all_scored else tuple(MEASURES)
         table = round_scores(session, t, kinds=kinds).per_fact().set_index("fact")
         taken |= set(map(str, table))
-        own = table[measure] * 100 if measure in table else pd.Series(np.nan, index=table.index)
-        for s, batch in enumerate(session.facts_at(t), start=1):
-            parts.append(pd.DataFrame({"after_round": t, "edited_in_round": s, "fact": batch.ids, "value": own.loc[batch.ids].to_numpy()}))
-    if n and measure not in taken:
+        values = table[measure] * 100 if measure in table else pd.Series(np.nan, index=table.index)
+        for s, batch in enumerate(facts, start=1):
+            parts.append(
+                pd.DataFrame({"after_round": t, "edited_in_round": s, "fact": batch.ids, "value": values.loc[batch.ids].to_numpy()})
+            )
+    if parts and measure not in taken:
         raise SettingError(
             f"measure={measure!r}: it was not taken, the facts' prompts and targets do not allow it.{nearest(measure, taken)}"
         )
@@ -227,13 +145,8 @@ def forgetting_matrix(session: EditSession, measure: str = "efficacy") -> Forget
     return matrix_of(pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns), measure)
 
 
-def usual_measure(session: EditSession) -> str:
-    """Return the measure of forgetting that a session's facts allow: efficacy; the accuracy where no fact has a true target."""
-    return "efficacy" if any(fact.target_true is not None for batch in session.facts for fact in batch) else "efficacy_accuracy"
-
-
 def matrix_of(per_fact: pd.DataFrame, measure: str) -> ForgettingMatrix:
-    """Return the matrix of a table with one row a round t and fact (:attr:`ForgettingMatrix.per_fact`); every round is in it."""
+    """Return the matrix of a table with one row per round t and fact (:attr:`ForgettingMatrix.per_fact`)."""
     n = int(per_fact.after_round.max()) if len(per_fact) else 0
     values = np.full((n, n), np.nan)
     for cell in per_fact.groupby(["after_round", "edited_in_round"], as_index=False).value.mean().itertuples():
@@ -241,8 +154,79 @@ def matrix_of(per_fact: pd.DataFrame, measure: str) -> ForgettingMatrix:
     return ForgettingMatrix(values, measure, per_fact)
 
 
+def usual_measure(session: EditSession) -> str:
+    """Return the measure of forgetting that a session's facts allow: efficacy; its accuracy where no fact has a true target."""
+    return "efficacy" if any(fact.target_true is not None for batch in session.facts for fact in batch) else "efficacy_accuracy"
+
+
+# ---- scores per round ------------------------------------------------------------------------------------------------
+def round_scores(session: EditSession, round: int, facts: FactList | None = None, kinds: tuple[str, ...] = tuple(MEASURES)) -> FactScores:
+    """Score facts after a round (0: unedited); the scores are cached in the session."""
+    if facts is None:
+        first, *others = session.facts_at(round or len(session))
+        facts = sum(others, start=first)
+    cache = session.metric_cache
+    if missing := [f for f in facts if not cache.has(FACT_SCORES, round, (f, kinds))]:
+        before = round_scores(session, 0, type(facts)(missing), kinds) if round else None
+        with session.at(round):
+            # the facts of a round together, so that their batches are the same each time
+            for batch in _by_round(session, missing):
+                scores = score_facts(
+                    session.model,
+                    batch,
+                    before=before,
+                    kinds=kinds,
+                    states=None if session.executor else prompt_states(session),
+                    progress=session.progress,
+                    executor=session.executor,
+                )
+                by_id = {fact.id: fact for fact in batch}
+                for fact_id, rows in scores.prompts.groupby("fact", sort=False):
+                    cache.put(FACT_SCORES, round, (by_id[str(fact_id)], kinds), rows)
+    return FactScores(pd.concat([cache.get(FACT_SCORES, round, (f, kinds)) for f in facts], ignore_index=True))
+
+
+def prompt_states(session: EditSession) -> PromptStates:
+    """Return the session's store of prompts as they enter its first edited layer."""
+    first = min(session.method.layers)
+    # true of the unedited model too: no rewinding makes it stale
+    return session.metric_cache.get_or_measure(PROMPT_STATES, 0, first, lambda: PromptStates(session.model, first))
+
+
+def _by_round(session: EditSession, facts: Sequence[Fact]) -> list[list[Fact]]:
+    """Divide facts by the round they were first edited in; those of no round come last."""
+    rounds: dict[Fact, int] = {}
+    for number, batch in enumerate(session.facts):
+        for fact in batch:
+            rounds.setdefault(fact, number)
+    groups: dict[int, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        groups[rounds.get(fact, len(session))].append(fact)
+    return [groups[number] for number in sorted(groups)]
+
+
+def session_scores(session: EditSession, round: int | None = None, *, with_perplexity: bool = True) -> pd.DataFrame:
+    """Return the measures after each round (or one) on all facts edited up to then, in percent: one row per round.
+
+    ``efficacy_fresh`` is the efficacy on the round's own facts; round 0 is the unedited model on the first round's facts;
+    ``perplexity`` is taken on the shipped passages.
+    """
+    if not len(session):
+        return pd.DataFrame()
+    rows = []
+    for t in range(len(session) + 1) if round is None else [round]:
+        scores = round_scores(session, t, session.facts[0] if t == 0 else None)
+        row: dict[str, Any] = {"round": t, "facts": scores.prompts.fact.nunique(), **scores.summary()}
+        if t:
+            row["efficacy_fresh"] = scores.of(session.facts[t - 1].ids).summary().get("efficacy", np.nan)
+        if with_perplexity:
+            row["perplexity"] = round_perplexity(session, t)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def round_perplexity(session: EditSession, round: int) -> float:
-    """Return the perplexity on the shipped passages as of a round (0: unedited), remembered with the session."""
+    """Return the perplexity on the shipped passages after a round (0: unedited), cached in the session."""
 
     def measure() -> float:
         with session.at(round) as model:
@@ -251,16 +235,17 @@ def round_perplexity(session: EditSession, round: int) -> float:
     return session.metric_cache.get_or_measure(_PERPLEXITY, round, (), measure)
 
 
+# ---- retention -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Retention:
-    """How each round's facts fare right after their round and after the last.
+    """A measure on each round's facts, right after their round and after the last.
 
     Parameters
     ----------
     measure : str
         What was measured.
     rounds : DataFrame
-        One row a round s of T: ``round``, ``facts``, ``fresh`` = M[s, s], ``final`` = M[T, s], and ``retained``: of the facts that
+        One row per round s of T: ``round``, ``facts``, ``fresh`` = M[s, s], ``final`` = M[T, s], and ``retained``: of the facts that
         held right after s, the share that holds after T. All in percent.
     """
 
@@ -296,11 +281,11 @@ class Retention:
     def _repr_html_(self) -> str:
         return table_html(self.rounds, head=self)
 
-    def plot(self, **options: Any) -> Any:
+    def plot(self, *, title: str | None = None) -> go.Figure:
         """Draw what is left of each round (:func:`nse_tools.plots.retention`)."""
         from nse_tools.plots.forgetting import retention
 
-        return retention(self, **options)
+        return retention(self, title)
 
 
 def retention(matrix: ForgettingMatrix) -> Retention:
@@ -323,7 +308,7 @@ def retention(matrix: ForgettingMatrix) -> Retention:
     per_round = {s: values.droplevel([0, 1]) for s, values in table.loc[[end]].groupby("edited_in_round")}
     rows = []
     for s in range(1, end + 1):
-        final = per_round.get(s, pd.Series(dtype=float))  # without what was corrected meanwhile
+        final = per_round.get(s, pd.Series(dtype=float))  # without facts that were corrected meanwhile
         fresh = table.loc[s, s].reindex(final.index)
         held = fresh >= HOLDS_AT
         kept = float((final[held] >= HOLDS_AT).mean() * 100) if held.any() else np.nan

@@ -1,4 +1,4 @@
-"""Texts that a model writes about the subjects of facts: what fluency and consistency are measured on."""
+"""Generate texts about the subjects of facts, and measure their fluency and consistency."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GeneratedTexts:
-    """Texts that a model wrote, and how they were drawn.
+    """Texts that a model generated, and how they were sampled.
 
     Parameters
     ----------
     texts : DataFrame
-        One row a generation prompt: ``fact``, ``prompt``, ``text`` (the prompt and what follows), ``tokens``.
+        One row per generation prompt: ``fact``, ``prompt``, ``text`` (the prompt and what follows), ``tokens``.
     seed, max_tokens, top_k : int
-        Seed of the sampling, longest text in tokens (the prompt's included), how many of the likeliest tokens are drawn from.
+        Seed of the sampling, longest text in tokens (the prompt's included), how many of the most likely tokens are drawn from.
     """
 
     texts: pd.DataFrame = field(repr=False)
@@ -67,9 +67,9 @@ class GeneratedTexts:
 def generate_texts(
     model: EditableModel, facts: Sequence[Fact], *, seed: int = 0, max_tokens: int = 100, top_k: int = 5, progress: bool = False
 ) -> GeneratedTexts:
-    """Let the model go on from the facts' generation prompts, under the weights of the moment.
+    """Continue the facts' generation prompts, under the current weights.
 
-    As in ROME, each token is drawn from the ``top_k`` likeliest, until a text has ``max_tokens`` tokens or the model ends it. The
+    As in ROME, each token is drawn from the ``top_k`` most likely, until a text has ``max_tokens`` tokens or the model ends it. The
     random numbers of a text depend on the seed, the fact's id and the prompt's place only: not on the batch, nor on the weights,
     so that texts before and after edits differ by what was edited.
 
@@ -78,13 +78,13 @@ def generate_texts(
     model : EditableModel
         The model.
     facts : sequence of Fact
-        The facts; those without generation prompts are passed over.
+        The facts; those without generation prompts are skipped.
     seed : int
         Seed of the sampling.
     max_tokens : int
         Longest text, the prompt's tokens included.
     top_k : int
-        How many of the likeliest tokens are drawn from.
+        How many of the most likely tokens are drawn from.
     progress : bool
         Show a progress bar.
 
@@ -93,24 +93,24 @@ def generate_texts(
     FactError
         If no fact has a generation prompt.
     """
-    asked = [(fact, number, prompt) for fact in facts for number, prompt in enumerate(fact.generation)]
-    if not asked:
+    prompts = [(fact, number, prompt) for fact in facts for number, prompt in enumerate(fact.generation)]
+    if not prompts:
         raise FactError("generate_texts: none of the facts has generation prompts (Fact.generation).")
-    leads = [lead_of(model, prompt, fact.subject) for fact, _, prompt in asked]
-    rows = [_open_ids(model, lead + prompt) for lead, (_, _, prompt) in zip(leads, asked, strict=True)]
-    draws = [random.Random(f"{seed}/{fact.id}/{number}") for fact, number, _ in asked]
+    prepended = [lead_of(model, prompt, fact.subject) for fact, _, prompt in prompts]
+    rows = [_open_ids(model, start + prompt) for start, (_, _, prompt) in zip(prepended, prompts, strict=True)]
+    draws = [random.Random(f"{seed}/{fact.id}/{number}") for fact, number, _ in prompts]
     written: dict[int, list[int]] = {}
     with tqdm(total=len(rows), desc="writing", unit="text", disable=not progress, leave=False) as bar:
-        for chosen in batches([max(len(r), max_tokens) for r in rows]):
+        for numbers in batches([max(len(r), max_tokens) for r in rows]):
             with model.running():
-                new = _write(model, [rows[i] for i in chosen], [draws[i] for i in chosen], max_tokens, top_k)
-            written |= dict(zip(chosen, new, strict=True))
-            bar.update(len(chosen))
+                new = _write(model, [rows[i] for i in numbers], [draws[i] for i in numbers], max_tokens, top_k)
+            written |= dict(zip(numbers, new, strict=True))
+            bar.update(len(numbers))
     decoded = [str(model.tokenizer.decode(written[i], skip_special_tokens=True)) for i in range(len(rows))]
     table = {
-        "fact": [fact.id for fact, _, _ in asked],
-        "prompt": [prompt for _, _, prompt in asked],
-        "text": [text.removeprefix(lead) for text, lead in zip(decoded, leads, strict=True)],
+        "fact": [fact.id for fact, _, _ in prompts],
+        "prompt": [prompt for _, _, prompt in prompts],
+        "text": [text.removeprefix(start) for text, start in zip(decoded, prepended, strict=True)],
         "tokens": [len(written[i]) for i in range(len(rows))],
     }
     return GeneratedTexts(pd.DataFrame(table), seed, max_tokens, top_k)
@@ -127,7 +127,7 @@ def facts_written_about(session: EditSession, round: int | None = None) -> tuple
 def session_texts(
     session: EditSession, round: int | None = None, facts: Sequence[Fact] | None = None, *, seed: int = 0, max_tokens: int = 100
 ) -> GeneratedTexts:
-    """Let the model write as of a round; what was written before is remembered with the session.
+    """Generate texts after a round; they are cached in the session.
 
     Parameters
     ----------
@@ -141,19 +141,19 @@ def session_texts(
         As in :func:`generate_texts`.
     """
     round = len(session) if round is None else round
-    chosen = facts_written_about(session, round) if facts is None else tuple(facts)
+    about = facts_written_about(session, round) if facts is None else tuple(facts)
 
     def write() -> GeneratedTexts:
         with session.at(round) as model:
-            return generate_texts(model, chosen, seed=seed, max_tokens=max_tokens, progress=session.progress)
+            return generate_texts(model, about, seed=seed, max_tokens=max_tokens, progress=session.progress)
 
-    return session.metric_cache.get_or_measure(_TEXTS, round, (chosen, seed, max_tokens), write)
+    return session.metric_cache.get_or_measure(_TEXTS, round, (about, seed, max_tokens), write)
 
 
 def _write(
     model: EditableModel, rows: Sequence[Sequence[int]], draws: Sequence[random.Random], max_tokens: int, top_k: int
 ) -> list[list[int]]:
-    """Go on from rows of ids, each with random numbers of its own; return the ids of prompts and continuations."""
+    """Continue rows of ids, each with its own random numbers; return the ids of prompts and continuations."""
     tokens = pad(rows, model.pad_id, model.device, left=True)
     step, mask, positions, cache = tokens.ids, tokens.mask, tokens.positions, None
     texts, ends = [list(row) for row in rows], set(model.tokenizer.all_special_ids)
@@ -191,7 +191,7 @@ class Fluency:
     Parameters
     ----------
     texts : DataFrame
-        One row a text: ``fact``, ``prompt``, ``text``, ``h2``, ``h3`` (entropies of its 2- and 3-grams) and ``fluency``.
+        One row per text: ``fact``, ``prompt``, ``text``, ``h2``, ``h3`` (entropies of its 2- and 3-grams) and ``fluency``.
     words : str
         How texts were cut into words.
     """
@@ -242,13 +242,16 @@ def ngram_entropy(words: Sequence[str], n: int) -> float:
 
 
 def session_fluency(
-    session: EditSession, round: int | None = None, words: Callable[[str], list[str]] = str.split, **options: Any
+    session: EditSession,
+    round: int | None = None,
+    words: Callable[[str], list[str]] = str.split,
+    facts: Sequence[Fact] | None = None,
+    *,
+    seed: int = 0,
+    max_tokens: int = 100,
 ) -> Fluency:
-    """Return the fluency as of a round (the last by default; 0: unedited).
-
-    ``options`` are those of :func:`session_texts`: ``facts`` (all edited up to then by default), ``seed``, ``max_tokens``.
-    """
-    return fluency(session_texts(session, round, **options), words)
+    """Return the fluency after a round (the last by default; 0: unedited); arguments as in :func:`session_texts`, :func:`fluency`."""
+    return fluency(session_texts(session, round, facts, seed=seed, max_tokens=max_tokens), words)
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,7 @@ class ReferenceTexts:
         return TfidfVectorizer().fit([text for texts in self.texts.values() for text in texts])
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a relation and target: how many texts, how many characters."""
+        """Return one row per relation and target: how many texts, how many characters."""
         rows = [(*key, len(texts), sum(map(len, texts))) for key, texts in self.texts.items()]
         return pd.DataFrame(rows, columns=["relation", "target", "texts", "characters"])
 
@@ -289,12 +292,12 @@ class ReferenceTexts:
 
 @dataclass(frozen=True)
 class Consistency:
-    """How consistent the texts about facts are with their new targets.
+    """Consistency of the texts about facts with their new targets.
 
     Parameters
     ----------
     facts : DataFrame
-        One row a fact that has reference texts: ``fact``, ``consistency`` (cosine, 0 to 1), ``references`` (how many).
+        One row per fact that has reference texts: ``fact``, ``consistency`` (cosine, 0 to 1), ``references`` (how many).
     without : tuple of str
         Facts that have texts, but no reference texts to compare them with.
     """
@@ -309,7 +312,7 @@ class Consistency:
 
     @property
     def statement(self) -> str:
-        """What was measured, on how many facts, in words."""
+        """The value and the number of facts, in words."""
         n, missing = len(self.facts), len(self.without)
         if not n:
             return f"not measured: there are no reference texts for any of the {missing} facts"
@@ -345,28 +348,28 @@ def load_reference_texts(source: str | Path | Mapping[str, Any] | Sequence[Any])
     if isinstance(source, (str, Path)):
         try:
             data = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as wrong:
-            raise FactError(f"Reference texts {str(source)!r} cannot be read: {wrong}.") from wrong
-    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+        except (OSError, ValueError) as error:
+            raise FactError(f"Reference texts {str(source)!r} cannot be read: {error}.") from error
+    by_pair: dict[tuple[str, str], list[str]] = defaultdict(list)
     try:
         if isinstance(data, Mapping):
             for relation, targets in data.items():
                 for target, texts in targets.items():
-                    found[relation, target] += [_text(text) for text in _texts(texts)]
+                    by_pair[relation, target] += [_text(text) for text in _texts(texts)]
         else:
             for entry in data:
-                found[entry["relation_id"], entry["target_id"]] += [_text(sample["text"]) for sample in entry["samples"]]
-    except (KeyError, TypeError, AttributeError) as wrong:
+                by_pair[entry["relation_id"], entry["target_id"]] += [_text(sample["text"]) for sample in entry["samples"]]
+    except (KeyError, TypeError, AttributeError) as error:
         raise FactError(
-            f"Reference texts: expected relation → target → list of texts, or a list of relation_id, target_id and samples ({wrong!r})."
-        ) from wrong
-    if not any(found.values()):
+            f"Reference texts: expected relation → target → list of texts, or a list of relation_id, target_id and samples ({error!r})."
+        ) from error
+    if not any(by_pair.values()):
         raise FactError("Reference texts: there is no text.")
-    return ReferenceTexts({key: tuple(texts) for key, texts in found.items() if texts})
+    return ReferenceTexts({key: tuple(texts) for key, texts in by_pair.items() if texts})
 
 
 def consistency(generated: GeneratedTexts, facts: Sequence[Fact], references: ReferenceTexts) -> Consistency:
-    """Compare what was written about facts with reference texts of their new targets.
+    """Compare texts about facts with reference texts of their new targets.
 
     For each fact, the cosine of two TF-IDF vectors: of all its generated texts joined, and of all reference texts of its
     relation and new target joined (ROME).
@@ -381,21 +384,29 @@ def consistency(generated: GeneratedTexts, facts: Sequence[Fact], references: Re
         The reference texts; document frequencies are counted on all of them.
     """
     written = generated.texts.groupby("fact", sort=False).text.apply(" ".join)
-    asked = [fact for fact in facts if fact.id in written.index]
-    pairs = {fact.id: (written[fact.id], texts) for fact in asked if (texts := references.of(fact))}
+    covered = [fact for fact in facts if fact.id in written.index]
+    pairs = {fact.id: (written[fact.id], texts) for fact in covered if (texts := references.of(fact))}
     rows = [(fact_id, _cosine(references.vectorizer, text, " ".join(texts)), len(texts)) for fact_id, (text, texts) in pairs.items()]
     return Consistency(
-        pd.DataFrame(rows, columns=["fact", "consistency", "references"]), tuple(fact.id for fact in asked if fact.id not in pairs)
+        pd.DataFrame(rows, columns=["fact", "consistency", "references"]), tuple(fact.id for fact in covered if fact.id not in pairs)
     )
 
 
-def session_consistency(session: EditSession, references: ReferenceTexts, round: int | None = None, **options: Any) -> Consistency:
-    """Return the consistency as of a round (the last by default; 0: unedited); ``options`` as in :func:`session_fluency`.
+def session_consistency(
+    session: EditSession,
+    references: ReferenceTexts,
+    round: int | None = None,
+    facts: Sequence[Fact] | None = None,
+    *,
+    seed: int = 0,
+    max_tokens: int = 100,
+) -> Consistency:
+    """Return the consistency after a round (the last by default; 0: unedited) with the targets of that time.
 
-    What is compared with are the targets as of that round, whatever a later round corrects.
+    Arguments as in :func:`session_texts` and :func:`consistency`.
     """
-    facts = options.get("facts") or facts_written_about(session, round)
-    return consistency(session_texts(session, round, **options), facts, references)
+    texts = session_texts(session, round, facts, seed=seed, max_tokens=max_tokens)
+    return consistency(texts, facts or facts_written_about(session, round), references)
 
 
 def _cosine(vectorizer: TfidfVectorizer, one: str, other: str) -> float:

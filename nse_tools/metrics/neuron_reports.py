@@ -1,10 +1,10 @@
-"""How often each neuron was rewritten, how much, and how active it is on general text."""
+"""Report on neurons: usage over rounds, sets that rounds or facts select, a card for one neuron."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
@@ -17,13 +17,15 @@ from nse_tools.steps.neurons import select_neurons
 from nse_tools.steps.records import TAKEN
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from nse_tools.editing.edit_round import EditRound
     from nse_tools.editing.session import EditSession
 
 
 @dataclass(frozen=True)
 class NeuronUsage:
-    """What a session's rounds did to the neurons of one layer.
+    """Changes of a session's rounds to the neurons of one layer.
 
     Parameters
     ----------
@@ -46,7 +48,7 @@ class NeuronUsage:
     change: Tensor = field(repr=False)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a neuron: ``neuron``, ``rewritten``, ``activity``, ``change``."""
+        """Return one row per neuron: ``neuron``, ``rewritten``, ``activity``, ``change``."""
         return pd.DataFrame(
             {
                 "neuron": range(len(self.rewritten)),
@@ -57,7 +59,7 @@ class NeuronUsage:
         )
 
     def by_activity(self, groups: int = 10) -> pd.DataFrame:
-        """Divide the neurons into equal groups by activity; return one row a group: its span, mean ``rewritten``, mean ``change``."""
+        """Divide the neurons into equal groups by activity; return span, mean ``rewritten`` and mean ``change`` per group."""
         table = self.to_frame().sort_values("activity", kind="stable", ignore_index=True)
         table["group"] = table.index * groups // len(table) + 1
         return table.groupby("group", as_index=False).agg(
@@ -75,15 +77,15 @@ class NeuronUsage:
     def _repr_html_(self) -> str:
         return table_html(self.by_activity(), head=self)
 
-    def plot(self, **options: Any) -> Any:
+    def plot(self, *, title: str | None = None) -> go.Figure:
         """Draw rewriting against activity (:func:`nse_tools.plots.neuron_usage`)."""
         from nse_tools.plots.neurons import neuron_usage
 
-        return neuron_usage(self, **options)
+        return neuron_usage(self, title)
 
 
 def neuron_usage(session: EditSession, layer: int) -> NeuronUsage:
-    """Count in how many rounds each neuron was selected, and set it beside its activity on general text, diag C.
+    """Count in how many rounds each neuron was selected, next to its activity on general text, diag C.
 
     Parameters
     ----------
@@ -100,32 +102,26 @@ def neuron_usage(session: EditSession, layer: int) -> NeuronUsage:
     check_edited(session, layer)
     activity = session.moments[layer].diagonal().double().clamp(min=0).sqrt()
     rewritten = torch.zeros(len(activity), dtype=torch.long)
-    for done in session.rounds:
-        selected = [p.layers[layer].selection.indices for p in done.passes if layer in p.layers]
+    for made in session.rounds:
+        selected = [p.layers[layer].selection.indices for p in made.passes if layer in p.layers]
         if selected:
             rewritten[torch.cat(selected).unique()] += 1
-    change = sum((round_update(done, layer) for done in session.rounds), torch.zeros(()))
+    change = sum((round_update(made, layer) for made in session.rounds), torch.zeros(()))
     return NeuronUsage(layer, len(session), rewritten, activity, change.norm(dim=0))
 
 
 def check_edited(session: EditSession, layer: int) -> None:
-    """Refuse a layer that the session's rounds did not edit.
-
-    Raises
-    ------
-    SettingError
-        Naming the layers that were; or if there is no round.
-    """
+    """Refuse a layer that the session's rounds did not edit."""
     if not len(session):
         raise SettingError("The session has no round yet.")
     if layer not in session.method.edited_layers:
-        raise SettingError(f"layer={layer!r}: edited were the layers {', '.join(map(str, session.method.edited_layers))}.")
+        raise SettingError(f"layer={layer!r}: expected one of the edited layers {', '.join(map(str, session.method.edited_layers))}.")
 
 
-def round_update(done: EditRound, layer: int) -> Tensor:
+def round_update(edit_round: EditRound, layer: int) -> Tensor:
     """Return ΔW of a round at a layer, all its passes together, (d_model, d_ff) float64."""
-    total = torch.zeros(done.values.z.shape[1], done.final_keys[layer].matrix.shape[1], dtype=torch.float64)
-    for update in done.updates:
+    total = torch.zeros(edit_round.values.z.shape[1], edit_round.final_keys[layer].matrix.shape[1], dtype=torch.float64)
+    for update in edit_round.updates:
         if update.layer == layer:
             total[:, update.indices] += update.delta()
     return total
@@ -147,7 +143,7 @@ class NeuronMap:
     labels : tuple of str
         A name for each set: ``"round 1"``, or a fact's id.
     texts : tuple of str
-        What to say about each: number of facts, or the fact's prompt and new target.
+        A description of each: number of facts, or the fact's prompt and new target.
     selected : Tensor
         (n_sets, d_ff) bool.
     neuron_threshold : float
@@ -171,11 +167,11 @@ class NeuronMap:
 
     def counts(self) -> pd.Series:
         """Return in how many sets each neuron is, those in none left out, most first."""
-        found = pd.Series(self.selected.sum(0).tolist(), name="sets").rename_axis("neuron")
-        return found[found > 0].sort_values(ascending=False, kind="stable")
+        counts = pd.Series(self.selected.sum(0).tolist(), name="sets").rename_axis("neuron")
+        return counts[counts > 0].sort_values(ascending=False, kind="stable")
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a set and neuron in it."""
+        """Return one row per set and neuron in it."""
         rows, neurons = self.selected.nonzero(as_tuple=True)
         return pd.DataFrame({self.by: [self.labels[r] for r in rows.tolist()], "layer": self.layer, "neuron": neurons.tolist()})
 
@@ -190,15 +186,15 @@ class NeuronMap:
     def _repr_html_(self) -> str:
         return table_html(self.jaccard(), head=self, index=True)
 
-    def plot(self, **options: Any) -> Any:
+    def plot(self, *, title: str | None = None) -> go.Figure:
         """Draw sets × neurons (:func:`nse_tools.plots.neuron_map`)."""
         from nse_tools.plots.neurons import neuron_map
 
-        return neuron_map(self, **options)
+        return neuron_map(self, title)
 
 
 def neuron_map(source: EditSession | EditRound, layer: int, by: By = "round", neuron_threshold: float | None = None) -> NeuronMap:
-    """Collect the neurons that rounds changed, or that facts would choose.
+    """Collect the neurons that rounds changed, or that facts alone select.
 
     ``by="round"``: the neurons that a round selected at the layer in any of its passes. ``by="fact"``: the neurons that make up
     the share p of Σ_i |k_j[i]| of each fact alone, with its key after its round; the method selects them for all facts of a pass
@@ -225,37 +221,36 @@ def neuron_map(source: EditSession | EditRound, layer: int, by: By = "round", ne
         raise SettingError("neuron_map: the session has no round yet.")
     edited = rounds[0].method.edited_layers
     if layer not in edited:
-        raise SettingError(f"layer={layer!r}: edited were the layers {', '.join(map(str, edited))}.")
+        raise SettingError(f"layer={layer!r}: expected one of the edited layers {', '.join(map(str, edited))}.")
     p = rounds[0].method.neurons.neuron_threshold if by == "round" or neuron_threshold is None else neuron_threshold
     if by == "round":
         sets = [(f"round {r.number}", f"{len(r.facts)} facts", _of_round(r, layer)) for r in rounds]
     elif by == "fact":
-        sets = [found for r in rounds for found in _of_facts(r, layer, p)]
+        sets = [entry for r in rounds for entry in _of_facts(r, layer, p)]
     else:
         raise SettingError(f"by={by!r}: expected 'round' or 'fact'.")
     labels, texts, masks = zip(*sets, strict=True)
     return NeuronMap(layer, by, labels, texts, torch.stack(masks), p)
 
 
-def _of_round(done: EditRound, layer: int) -> Tensor:
-    mask = torch.zeros(done.final_keys[layer].matrix.shape[1], dtype=torch.bool)
-    for a_pass in done.passes:
+def _of_round(edit_round: EditRound, layer: int) -> Tensor:
+    mask = torch.zeros(edit_round.final_keys[layer].matrix.shape[1], dtype=torch.bool)
+    for a_pass in edit_round.passes:
         if layer in a_pass.layers:
             mask[a_pass.layers[layer].selection.indices] = True
     return mask
 
 
-def _of_facts(done: EditRound, layer: int, p: float) -> Iterator[tuple[str, str, Tensor]]:
-    keys = done.final_keys[layer]
-    chosen = select_neurons(keys, p, per="fact").per_fact
-    assert chosen is not None  # with per="fact" there is one
-    for fact, mask in zip(done.facts, chosen, strict=True):
+def _of_facts(edit_round: EditRound, layer: int, p: float) -> Iterator[tuple[str, str, Tensor]]:
+    masks = select_neurons(edit_round.final_keys[layer], p, per="fact").per_fact
+    assert masks is not None  # there is one with per="fact"
+    for fact, mask in zip(edit_round.facts, masks, strict=True):
         yield fact.id, f"{fact.text} → {fact.target_new}", mask
 
 
 @dataclass(frozen=True)
 class NeuronCard:
-    """What there is to know about one neuron of an edited layer.
+    """What a session's facts and rounds say of one neuron of an edited layer.
 
     Parameters
     ----------
@@ -264,14 +259,14 @@ class NeuronCard:
     activity : float
         √C[i, i], the root mean square of its activation on general text.
     activations : DataFrame
-        One row a fact: ``round``, ``fact``, ``text``, ``activation`` (k_j[i] after the fact's round), ``selected`` (whether a pass
+        One row per fact: ``round``, ``fact``, ``text``, ``activation`` (k_j[i] after the fact's round), ``selected`` (whether a pass
         that took the fact could change the neuron).
     tokens : DataFrame
         The tokens that its column promotes or suppresses most, before all edits or after: ``id``, ``token``, ``before`` and
         ``after`` (logits, positive where a positive activation makes the token likelier), ``rank_before`` and ``rank_after``
         (1: the most promoted of the vocabulary); most promoted after the edits first.
     history : DataFrame
-        One row a round from 0: ``norm`` of the column W[:, i], ``cosine`` with the original column, ``change`` ‖W_t[:, i] − W₀[:, i]‖.
+        One row per round from 0: ``norm`` of the column W[:, i], ``cosine`` with the original column, ``change`` ‖W_t[:, i] − W₀[:, i]‖.
     """
 
     layer: int
@@ -296,15 +291,15 @@ class NeuronCard:
     def _repr_html_(self) -> str:
         return table_html(self.to_frame().head(10), head=self) + table_html(self.tokens)
 
-    def plot(self, **options: Any) -> Any:
+    def plot(self, *, title: str | None = None, facts: int = 15) -> go.Figure:
         """Draw the card (:func:`nse_tools.plots.neuron_card`)."""
         from nse_tools.plots.neurons import neuron_card
 
-        return neuron_card(self, **options)
+        return neuron_card(self, title, facts)
 
 
 def neuron_card(session: EditSession, layer: int, neuron: int, *, k: int = 8) -> NeuronCard:
-    """Describe one neuron as the session's facts and rounds know it.
+    """Describe one neuron: activations of the session's facts, promoted tokens, its column after every round.
 
     Promoted tokens are those with the largest logits of its column, read by the model's own final norm and unembedding,
     unembed(W[:, i]) − unembed(0) (the logit lens of a value vector, after Geva et al., arXiv 2203.14680).
@@ -330,13 +325,13 @@ def neuron_card(session: EditSession, layer: int, neuron: int, *, k: int = 8) ->
     if not 0 <= neuron < d_ff:
         raise SettingError(f"neuron={neuron!r}: layer {layer} has neurons 0 to {d_ff - 1}.")
     columns = [session.model.originals[layer][:, neuron].double()]
-    for done in session.rounds:
-        columns.append(columns[-1] + round_update(done, layer)[:, neuron])
+    for made in session.rounds:
+        columns.append(columns[-1] + round_update(made, layer)[:, neuron])
     return NeuronCard(
         layer=layer,
         neuron=neuron,
         activity=float(session.moments[layer][neuron, neuron].clamp(min=0).sqrt()),
-        activations=pd.concat([_activations(done, layer, neuron) for done in session.rounds], ignore_index=True),
+        activations=pd.concat([_activations(made, layer, neuron) for made in session.rounds], ignore_index=True),
         tokens=promoted_tokens(session.model, columns[0], columns[-1], k),
         history=_history(columns),
     )
@@ -344,52 +339,37 @@ def neuron_card(session: EditSession, layer: int, neuron: int, *, k: int = 8) ->
 
 @torch.no_grad()
 def promoted_tokens(model: EditableModel, before: Tensor, after: Tensor, k: int = 8) -> pd.DataFrame:
-    """Return the tokens that a vector in the residual stream promotes and suppresses most, before and after it was changed.
-
-    Parameters
-    ----------
-    model : EditableModel
-        The model.
-    before, after : Tensor
-        The vector v, (d_model,), as it was and as it is.
-    k : int
-        How many tokens of either vector on either side.
-
-    Returns
-    -------
-    DataFrame
-        ``id``, ``token``, ``before``, ``after`` (logits unembed(v) − unembed(0)), ``rank_before``, ``rank_after``.
-    """
+    """Return the tokens that a residual vector promotes and suppresses most, before and after a change: logits unembed(v) − unembed(0)."""
     vectors = torch.stack([before, after, torch.zeros_like(before)]).to(model.device, model.dtype)
     with model.running():
-        read = model.unembed(vectors).float().cpu()
-    logits = read[:2] - read[2]
+        unembedded = model.unembed(vectors).float().cpu()
+    logits = unembedded[:2] - unembedded[2]
     best = torch.cat([logits.topk(k).indices, (-logits).topk(k).indices]).unique()
-    chosen = best[logits[1, best].argsort(descending=True, stable=True)]
-    ranks = 1 + (logits[:, None, :] > logits[:, chosen, None]).sum(-1)
+    ids = best[logits[1, best].argsort(descending=True, stable=True)]
+    ranks = 1 + (logits[:, None, :] > logits[:, ids, None]).sum(-1)
     return pd.DataFrame(
         {
-            "id": chosen.tolist(),
-            "token": [model.tokenizer.decode([i]) for i in chosen.tolist()],
-            "before": logits[0, chosen].tolist(),
-            "after": logits[1, chosen].tolist(),
+            "id": ids.tolist(),
+            "token": [model.tokenizer.decode([i]) for i in ids.tolist()],
+            "before": logits[0, ids].tolist(),
+            "after": logits[1, ids].tolist(),
             "rank_before": ranks[0].tolist(),
             "rank_after": ranks[1].tolist(),
         }
     )
 
 
-def _activations(done: EditRound, layer: int, neuron: int) -> pd.DataFrame:
-    keys = done.final_keys[layer].matrix[:, neuron]
-    selected = [False] * len(done.facts)
-    for a_pass in done.passes:
+def _activations(edit_round: EditRound, layer: int, neuron: int) -> pd.DataFrame:
+    keys = edit_round.final_keys[layer].matrix[:, neuron]
+    selected = [False] * len(edit_round.facts)
+    for a_pass in edit_round.passes:
         if layer in a_pass.layers and bool((a_pass.layers[layer].selection.indices == neuron).any()):
             selected = [was or status == TAKEN for was, status in zip(selected, a_pass.statuses, strict=True)]
     return pd.DataFrame(
         {
-            "round": done.number,
-            "fact": done.facts.ids,
-            "text": [f"{fact.text} → {fact.target_new}" for fact in done.facts],
+            "round": edit_round.number,
+            "fact": edit_round.facts.ids,
+            "text": [f"{fact.text} → {fact.target_new}" for fact in edit_round.facts],
             "activation": keys.tolist(),
             "selected": selected,
         }

@@ -1,4 +1,4 @@
-"""Perplexity on a fixed text: the first sign that a model is failing."""
+"""Measure perplexity on a fixed text: the first sign that a model is failing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def perplexity(model: EditableModel, texts: Sequence[str] | None = None) -> floa
     Parameters
     ----------
     model : EditableModel
-        The model, under the weights of the moment.
+        The model; its current weights count.
     texts : sequence of str, optional
         The texts; the shipped passages by default. A text's first token is not predicted, and what the model has no
         positions for is left out.
@@ -38,13 +38,13 @@ def perplexity(model: EditableModel, texts: Sequence[str] | None = None) -> floa
     SettingError
         If no text has two tokens.
     """
-    room = model.n_positions
-    rows = [ids for text in (passages() if texts is None else texts) if len(ids := model.encode(text).ids[:room]) > 1]
+    longest = model.n_positions
+    rows = [ids for text in (passages() if texts is None else texts) if len(ids := model.encode(text).ids[:longest]) > 1]
     if not rows:
         raise SettingError("perplexity: no text has at least two tokens.")
     total, count = 0.0, 0
-    for chosen in batches([len(r) for r in rows]):
-        tokens = pad([rows[i] for i in chosen], model.pad_id, model.device)
+    for numbers in batches([len(r) for r in rows]):
+        tokens = pad([rows[i] for i in numbers], model.pad_id, model.device)
         with model.running():
             states = model.hf.base_model(input_ids=tokens.ids, attention_mask=tokens.mask, use_cache=False).last_hidden_state
             predicted = tokens.mask[:, 1:].bool()

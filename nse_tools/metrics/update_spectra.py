@@ -1,10 +1,10 @@
-"""What a session's updates look like as matrices: their norms, their spectra, and where they point beside the weights."""
+"""Measure a session's updates as matrices: norms, spectra, and directions relative to the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -15,18 +15,20 @@ from nse_tools.errors import SettingError
 from nse_tools.metrics.neuron_reports import round_update
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from nse_tools.editing.session import EditSession
     from nse_tools.steps.update import LayerUpdate
 
 
 @dataclass(frozen=True)
 class UpdateSpectra:
-    """ΔW of every round and layer, measured.
+    """Norms, singular values and directions of ΔW of every round and layer.
 
     Parameters
     ----------
     norms : DataFrame
-        One row a round and layer: ``round``, ``layer``, ``norm`` ‖ΔW_t‖, ``relative`` ‖ΔW_t‖/‖W₀‖, ``norm_ratio`` ‖W_t‖/‖W₀‖,
+        One row per round and layer: ``round``, ``layer``, ``norm`` ‖ΔW_t‖, ``relative`` ‖ΔW_t‖/‖W₀‖, ``norm_ratio`` ‖W_t‖/‖W₀‖,
         ``relative_change`` ‖W_t − W₀‖/‖W₀‖ (Frobenius norms).
     singular : mapping of (int, int) to Tensor
         (round, layer) → singular values of ΔW_t, descending; as many as its rank can be.
@@ -55,7 +57,7 @@ class UpdateSpectra:
         return int(self.norms["round"].max())
 
     def directions(self, top_share: float = 0.1) -> pd.DataFrame:
-        """Return how much of each ΔW lies in W₀'s top singular directions, beside what chance would give.
+        """Return how much of each ΔW lies in W₀'s top singular directions, next to what chance gives.
 
         Parameters
         ----------
@@ -65,7 +67,7 @@ class UpdateSpectra:
         Returns
         -------
         DataFrame
-            One row a round and layer: ``written`` and ``read`` (shares of ‖ΔW‖²), ``written_chance`` and ``read_chance`` = number of
+            One row per round and layer: ``written`` and ``read`` (shares of ‖ΔW‖²), ``written_chance`` and ``read_chance`` = number of
             directions / dimension.
         """
         count = max(1, round(top_share * min(self.shape)))
@@ -76,7 +78,7 @@ class UpdateSpectra:
         return table.assign(directions=count, written_chance=count / self.shape[0], read_chance=count / self.shape[1])
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a round and layer: norms, effective rank (Σσ²)²/Σσ⁴, share of the largest singular value, directions."""
+        """Return one row per round and layer: norms, effective rank (Σσ²)²/Σσ⁴, share of the largest singular value, directions."""
         rows = []
         for (t, layer), values in self.singular.items():
             energy = values**2
@@ -97,11 +99,11 @@ class UpdateSpectra:
     def _repr_html_(self) -> str:
         return table_html(self.to_frame(), head=self)
 
-    def plot(self, **options: Any) -> Any:
+    def plot(self, *, title: str | None = None) -> go.Figure:
         """Draw norms and growth (:func:`nse_tools.plots.update_norms`)."""
         from nse_tools.plots.updates import update_norms
 
-        return update_norms(self, **options)
+        return update_norms(self, title)
 
 
 @torch.no_grad()
@@ -129,13 +131,13 @@ def update_spectra(session: EditSession) -> UpdateSpectra:
         before = session.model.originals[layer].double()
         left, _, right = torch.linalg.svd(before, full_matrices=False)
         size, total = float(before.norm()), torch.zeros_like(before)
-        for done in session.rounds:
-            delta = round_update(done, layer)
+        for edit_round in session.rounds:
+            delta = round_update(edit_round, layer)
             total += delta
             norm = float(delta.norm())
-            rows.append((done.number, layer, norm, norm / size, float((before + total).norm()) / size, float(total.norm()) / size))
-            at = (done.number, layer)
-            singular[at] = _singular_values([u for u in done.updates if u.layer == layer], delta)
+            rows.append((edit_round.number, layer, norm, norm / size, float((before + total).norm()) / size, float(total.norm()) / size))
+            at = (edit_round.number, layer)
+            singular[at] = _singular_values([u for u in edit_round.updates if u.layer == layer], delta)
             written[at] = (left.mT @ delta).square().sum(1) / max(norm**2, 1e-300)
             read[at] = (delta @ right.mT).square().sum(0) / max(norm**2, 1e-300)
     columns = ["round", "layer", "norm", "relative", "norm_ratio", "relative_change"]
@@ -146,7 +148,7 @@ def update_spectra(session: EditSession) -> UpdateSpectra:
 
 
 def _singular_values(updates: Sequence[LayerUpdate], delta: Tensor) -> Tensor:
-    """Return the singular values of a sum of updates by way of their factors, which are much smaller than ΔW."""
+    """Return the singular values of a sum of updates from their factors, which are much smaller than ΔW."""
     rank = sum(u.left.shape[1] for u in updates)
     if not rank:  # a round in which no pass was made
         return torch.zeros(0, dtype=torch.float64)

@@ -16,7 +16,7 @@ from nse_tools.data.bundled import known_facts, more_world_facts, world_by_knowl
 from nse_tools.data.fact_list import FactList
 from nse_tools.data.readers import load_facts
 from nse_tools.errors import FactError
-from nse_tools.metrics.knowledge import knowledge
+from nse_tools.metrics.scores import knowledge
 from nse_tools.models.editable_model import EditableModel
 
 

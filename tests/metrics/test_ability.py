@@ -111,7 +111,7 @@ def test_the_wheel_brings_tasks_and_items(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     inside = zipfile.ZipFile(wheel).namelist()
-    assert {f"nse_tools/evaluation/tasks/{p.name}" for p in TASKS.iterdir() if p.is_file()} <= set(inside)
+    assert {f"nse_tools/metrics/tasks/{p.name}" for p in TASKS.iterdir() if p.is_file()} <= set(inside)
     assert len(list(TASKS.glob("*.yaml"))) == len(list(TASKS.glob("*.jsonl"))) == 3
 
 
@@ -199,7 +199,7 @@ def test_a_task_file_of_the_users_own_runs_like_ours(session: EditSession, tmp_p
 # ---- what cannot be asked ------------------------------------------------------------------------------------------------
 def test_without_lm_eval_it_says_what_to_install(session: EditSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match=r"pip install .*nse_tools\[ability\]"):
+    with pytest.raises(MissingPackageError, match=r"pip install .*nse-editing\[ability\]"):
         session.ability()
 
 

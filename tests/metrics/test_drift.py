@@ -1,17 +1,20 @@
-"""Drift of distributions and weights against plain forwards and norms, in float64."""
+"""Drift of distributions and weights against plain forwards and norms; hidden shifts against their singular vectors, in float64."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from helpers.models import CONTEXTS, FACTS, build, moments_for
+from helpers.three_rounds import session_of
 from nse_tools import methods
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import ModelError, SettingError
-from nse_tools.metrics.drift import NextTokens, next_token_drift, weight_growth
+from nse_tools.metrics.drift import NextTokens, hidden_shift, next_token_drift, weight_growth
 from nse_tools.models.editable_model import EditableModel
 
 TEXTS = ["The capital of France is Paris.", "São Paulo is in Brazil, and Berlin plays the piano.", "A"]
@@ -107,3 +110,46 @@ def test_drift_of_a_session() -> None:
     assert "<table" in drift._repr_html_()
     session.undo()
     assert session.drift(texts=TEXTS).to_frame()["round"].tolist() == [0, 1]
+
+
+# ---- hidden shift --------------------------------------------------------------------------------------------------------
+NAMES = ["llama", "gpt2", "neox"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shifts_are_the_states_of_each_round_in_their_principal_plane(name: str) -> None:
+    session, prompts = session_of(name), ["The capital of Italy", "Berlin plays the", "Therefore I think that you", "São Paulo"]
+    shift = hidden_shift(session, prompts, layer=2, rounds=(0, 1, 3))
+    rows = []
+    for t in (0, 1, 3):
+        with session.at(t) as model, torch.no_grad():
+            for text in prompts:
+                out = model.hf(torch.tensor([model.encode(text).ids]), output_hidden_states=True)
+                rows.append(out.hidden_states[3][0, -1].double())
+    states = torch.stack(rows).reshape(3, len(prompts), -1)
+    torch.testing.assert_close(shift.states.double(), states, atol=1e-4, rtol=1e-4)
+    flat = states.flatten(0, 1).numpy()
+    _, sigma, directions = np.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    assert shift.explained == pytest.approx(tuple(sigma[:2] ** 2 / (sigma**2).sum()), abs=1e-4)
+    expected = (flat - flat.mean(0)) @ directions[:2].T
+    found = shift.coordinates.flatten(0, 1).double().numpy()
+    for axis in (0, 1):
+        sign = np.sign(found[:, axis] @ expected[:, axis])
+        np.testing.assert_allclose(found[:, axis], sign * expected[:, axis], atol=1e-3)
+    table = shift.to_frame()
+    assert table[table["round"] == 0].moved.tolist() == [0.0] * len(prompts)
+    moved = (states[2] - states[0]).norm(dim=1)
+    assert table[table["round"] == 3].moved.tolist() == pytest.approx(moved.tolist(), rel=1e-3)
+    assert table[table["round"] == 3].relative.tolist() == pytest.approx((moved / states[0].norm(dim=1)).tolist(), rel=1e-3)
+
+
+def test_by_default_the_neighbours_of_the_facts_before_and_after() -> None:
+    session = session_of()
+    shift = hidden_shift(session)
+    assert shift.prompts == ("Berlin plays the", "The city of", "São Paulo is in")
+    assert shift.rounds == (0, 3)
+    assert shift.layer == session.model.n_layers - 1
+    for wrong in ({"prompts": ["a"]}, {"rounds": (1,)}, {"rounds": (0, 9)}, {"layer": 0}):
+        with pytest.raises(SettingError):
+            hidden_shift(session, **wrong)
+    assert replace(shift, rounds=(0, 1)).to_frame()["round"].unique().tolist() == [0, 1]

@@ -1,4 +1,4 @@
-"""The forgetting matrix of a real (small) session against direct scoring, and of made-up tables against hand-made numbers."""
+"""The forgetting matrix of a real (small) session against direct scoring; matrices and retention by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError
 from nse_tools.metrics import forgetting
 from nse_tools.metrics._cache import MetricCache
-from nse_tools.metrics.forgetting import ForgettingMatrix, forgetting_matrix, round_scores, session_scores
+from nse_tools.metrics.forgetting import ForgettingMatrix, forgetting_matrix, retention, round_scores, session_scores
 from nse_tools.metrics.scores import score_facts
 from nse_tools.models.weights import changed_layers
 
@@ -159,3 +159,37 @@ def test_retention_of_a_session_is_the_matrix_last_row(session: EditSession) -> 
     matrix, kept = forgetting_matrix(session, "efficacy_accuracy"), session.retention(measure="efficacy_accuracy")
     assert kept.rounds.final.tolist() == pytest.approx(matrix.values[-1].tolist())
     assert kept.rounds.fresh.tolist() == pytest.approx(np.diag(matrix.values).tolist())
+
+
+# ---- retention --------------------------------------------------------------------------------------------------------
+COLUMNS = ["after_round", "edited_in_round", "fact", "value"]
+
+
+def matrix(rows: list[tuple[int, int, str, float]]) -> ForgettingMatrix:
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    n = int(frame.after_round.max()) if len(frame) else 0
+    return ForgettingMatrix(np.full((n, n), np.nan), "efficacy", frame)
+
+
+def test_by_hand() -> None:
+    # round 1: a and b held, a was lost and c, which had not held, came back; round 2: nothing held
+    found = retention(
+        matrix(
+            [(1, 1, "a", 100), (1, 1, "b", 100), (1, 1, "c", 0), (1, 1, "d", 100)]
+            + [(2, 1, "a", 100), (2, 1, "b", 0), (2, 1, "c", 0), (2, 1, "d", 100), (2, 2, "e", 0)]
+            + [(3, 1, "a", 0), (3, 1, "b", 100), (3, 1, "c", 100), (3, 1, "d", 100), (3, 2, "e", 100), (3, 3, "f", 100), (3, 3, "g", 60)]
+        )
+    )
+    assert found.rounds["round"].tolist() == [1, 2, 3]
+    assert found.rounds.facts.tolist() == [4, 1, 2]
+    assert found.rounds.fresh.tolist() == [75, 0, 80]
+    assert found.rounds.final.tolist() == [75, 100, 80]
+    assert found.rounds.retained.tolist() == pytest.approx([200 / 3, np.nan, 100], nan_ok=True)
+    assert (found.first, found.last, found.gap) == (75, 80, 5)
+    assert "first round 75.0 at the end (66.7 % of what held was kept), last round 80.0" in repr(found)
+    assert "<table" in found._repr_html_()
+
+
+def test_without_rounds_there_is_nothing_to_retain() -> None:
+    with pytest.raises(SettingError, match="no round yet"):
+        retention(matrix([]))

@@ -65,5 +65,5 @@ def test_what_was_not_asked_is_refused() -> None:
         probe_prompt(session, "The capital", rounds=[9])
     with pytest.raises(SettingError, match="k=0"):
         probe_prompt(session, "The capital", k=0)
-    with pytest.raises(SettingError, match="probed were the rounds 0, 1"):
+    with pytest.raises(SettingError, match="probed rounds 0, 1"):
         probe_prompt(session, "The capital", rounds=[0, 1]).says(3)

@@ -12,9 +12,8 @@ from helpers.plain_scores import ARCHITECTURES, PAIRS, one_by_one
 from nse_tools.data.fact import Fact, Question
 from nse_tools.errors import FactError
 from nse_tools.metrics._continuations import score_continuations
-from nse_tools.metrics.knowledge import knowledge
 from nse_tools.metrics.perplexity import perplexity
-from nse_tools.metrics.scores import FactScores, harmonic_mean, score_facts
+from nse_tools.metrics.scores import FactScores, harmonic_mean, knowledge, score_facts
 from nse_tools.models.editable_model import EditableModel
 
 

@@ -125,7 +125,7 @@ def test_a_probe_is_drawn_before_and_after_and_through_all_rounds() -> None:
     assert [t["line"]["width"] for t in lines["data"]] == [3, 3] + [1.2] * (len(probe.tokens) - 2)
     assert lines["layout"]["yaxis"]["range"] == [0, 1.02]
     assert lines["layout"]["xaxis"]["title"]["text"] == "after round (0: unedited)"
-    with pytest.raises(SettingError, match="probed were"):
+    with pytest.raises(SettingError, match="probed rounds"):
         plots.next_tokens(probe, after=9)
 
 

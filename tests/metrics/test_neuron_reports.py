@@ -110,7 +110,7 @@ def test_promoted_tokens_are_norm_and_unembedding_of_the_vector_without_bias(nam
 def test_layers_and_neurons_that_are_not_there_are_refused() -> None:
     session = session_of()
     for call in (neuron_map, neuron_usage):
-        with pytest.raises(SettingError, match="edited were the layers 1, 2"):
+        with pytest.raises(SettingError, match="edited layers 1, 2"):
             call(session, 3)
     with pytest.raises(SettingError, match="neurons 0 to 39"):
         neuron_card(session, 1, 40)

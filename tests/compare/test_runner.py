@@ -1,20 +1,25 @@
-"""Comparisons on a small model: equal to sessions by hand, fair between methods; what makes no sense is refused."""
+"""Comparisons of small models equal sessions by hand and are fair between methods; killed ones keep their finished cells."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.comparison import FACTS, MEMIT, NSE, SETTINGS, contents, run
+from helpers.comparison import FACTS, MEMIT, NSE, SETTINGS, contents, run, same_but_for_seconds
 from helpers.models import build
 from nse_tools import methods
 from nse_tools.compare.result import Comparison, load_comparison
 from nse_tools.compare.runner import rounds_to_test
-from nse_tools.compare.store import Cell
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError, SettingError, StateError
@@ -56,13 +61,13 @@ def test_a_cell_equals_a_session_run_by_hand(result: Comparison, method: Method,
 def test_asking_some_rounds_facts_gives_the_same_numbers_of_those(result: Comparison) -> None:
     some = run([NSE], rounds_of=1, facts_of=[1, 2], test_at=[1, 3, 4])
     order = ["round", "edited_in_round"]
-    asked = some.scores[order].drop_duplicates().groupby("round").edited_in_round.agg(list)
-    assert asked.to_dict() == {0: [1, 2, 3, 4], 1: [1], 3: [1, 2, 3], 4: [1, 2, 4]}
+    tested = some.scores[order].drop_duplicates().groupby("round").edited_in_round.agg(list)
+    assert tested.to_dict() == {0: [1, 2, 3, 4], 1: [1], 3: [1, 2, 3], 4: [1, 2, 4]}
     whole = result.scores[(result.scores.method == "nse") & (result.scores.seed == 0)]
     expected = some.scores[order].merge(whole, on=order)
     pd.testing.assert_frame_equal(some.scores[expected.columns], expected, check_exact=False, atol=2e-4)
     assert some.about["facts_of"] == [1, 2]
-    with pytest.raises(SettingError, match=r"needs the facts of every round; asked were those of \[1, 2\]"):
+    with pytest.raises(SettingError, match=r"needs the facts of every round; tested were those of \[1, 2\]"):
         some.forgetting("nse")
     with pytest.raises(SettingError, match="facts_of=.*expected rounds from 1 to 4"):
         run([NSE], rounds_of=1, facts_of=[1, 5])
@@ -85,60 +90,6 @@ def test_the_long_table_has_a_row_a_number(result: Comparison) -> None:
     assert list(long.columns) == ["method", "seed", "round", "edited_in_round", "fact", "measure", "value"]
     assert not long.duplicated(list(long.columns[:-1])).any()
     assert len(long) == int(result.scores[result.measures].notna().to_numpy().sum())
-
-
-def made_up() -> Comparison:
-    """Two methods, two seeds, two rounds of one fact, in numbers that can be reckoned by hand."""
-    cells = []
-    for name, seed, end in (("a", 0, 80.0), ("a", 1, 60.0), ("<b>", 0, 0.0), ("<b>", 1, 0.0)):
-        rows = [(0, 1, "x", 0.0), (0, 2, "y", 0.0), (1, 1, "x", 100.0), (2, 1, "x", end), (2, 2, "y", 100.0)]
-        scores = pd.DataFrame(rows, columns=["round", "edited_in_round", "fact", "efficacy"])
-        scores = scores.assign(efficacy_accuracy=scores.efficacy, generalization=scores.efficacy, specificity=50.0)
-        rounds = pd.DataFrame(
-            {"round": [0, 1, 2], "edits": [0, 1, 2], "perplexity": [10.0, 11.0, np.inf if name == "<b>" else 12.0 + seed]}
-        )
-        rounds = rounds.assign(facts=[0, 1, 1], seconds=[np.nan, 4.0, 2.0], cached=[np.nan, 0, 1 if name == "a" else 0])
-        cells.append(Cell({"name": name}, seed, scores, rounds))
-    return Comparison.of(cells, {"model": "made up", "methods": ["a", "<b>"]})
-
-
-def test_summary_by_hand() -> None:
-    table = made_up().summary().set_index("method")
-    assert table.index.tolist() == ["unedited", "a", "<b>"]
-    assert (table.efficacy["a"], table.efficacy_sd["a"]) == pytest.approx((85.0, np.std([90, 80], ddof=1)))
-    assert table.score["a"] == pytest.approx(np.mean([3 / (1 / 90 + 1 / 90 + 1 / 50), 3 / (1 / 80 + 1 / 80 + 1 / 50)]))
-    assert (table.first_round_accuracy["a"], table.last_round_accuracy["a"], table.first_round_accuracy["<b>"]) == (70, 100, 0)
-    assert table.perplexity.tolist() == [10, 12.5, np.inf]
-    assert table.seconds_per_edit.tolist()[1:] == [4, 3]  # the round with a value from the cache does not count
-    assert table.edits.tolist() == [0, 2, 2]
-    assert (table.efficacy["unedited"], table.specificity["unedited"], table.score["unedited"]) == (0, 50, 0)
-
-
-def test_curves_by_hand() -> None:
-    curve = made_up().curve("efficacy", facts_of=1).set_index(["method", "seed", "round"]).value.sort_index()
-    assert curve["a", 0].tolist() == [0, 100, 80]
-    assert made_up().curve("efficacy").set_index(["method", "seed"]).value.sort_index()["a", 1].tolist() == [0, 100, 80]
-    assert made_up().curve("perplexity").value.tolist()[:3] == [10, 11, 12]
-    with pytest.raises(SettingError, match="Did you mean 'efficacy'"):
-        made_up().curve("eficacy")
-    with pytest.raises(SettingError, match="rounds 1 to 2"):
-        made_up().curve("efficacy", facts_of=3)
-
-
-def test_the_matrix_of_a_cell_by_hand() -> None:
-    matrix = made_up().forgetting("a", 1, "efficacy")
-    np.testing.assert_array_equal(matrix.values, [[100, np.nan], [60, 100]])
-    assert matrix.curve().tolist() == [100, 80]
-    with pytest.raises(SettingError, match="not in this comparison"):
-        made_up().forgetting("c")
-
-
-def test_it_shows_itself_and_escapes_names() -> None:
-    assert repr(made_up()).startswith("Comparison(2 methods, 2 seeds, 2 edits: score unedited 0.0, a ")
-    page = made_up()._repr_html_()
-    assert "85.0 ± 7.1" in page
-    assert "<b>" not in page.replace("&lt;b&gt;", "")
-    assert "&lt;b&gt;" in page
 
 
 # ---- fairness --------------------------------------------------------------------------------------------------------
@@ -171,11 +122,10 @@ def test_anything_else_that_changed_in_the_model_is_an_error(tmp_path: Path) -> 
         norm.data[0] += 1e-3
 
     handle = model.hf.model.norm.register_forward_hook(drift)
-    with pytest.raises(StateError, match="'nse' left the model other than it was"):
+    with pytest.raises(StateError, match="'nse' left the model changed"):
         run([NSE], model, folder=tmp_path)
     handle.remove()
     assert not list(tmp_path.rglob("cell.json"))
-    assert not list(tmp_path.rglob("session.json"))
 
 
 def test_an_edited_model_is_refused() -> None:
@@ -267,7 +217,7 @@ def test_what_makes_no_sense_is_refused(chosen: list, options: dict, said: str) 
 
 
 def test_no_facts_are_refused() -> None:
-    with pytest.raises(FactError, match="no facts"):
+    with pytest.raises(FactError, match="at least one fact"):
         run([NSE], facts=FactList([]))
 
 
@@ -306,3 +256,105 @@ def test_the_number_of_contexts_is_chosen_by_their_first_words(tmp_path: Path) -
     assert len(noted["contexts"]) == 3
     with pytest.raises(SettingError, match="starters"):
         run([MEMIT], folder=tmp_path)
+
+
+# ---- killed runs, and several processes ------------------------------------------------------------------------------
+ONE, OTHER = (MEMIT.with_(name=name) for name in ("one", "the other"))
+_IN_A_PROCESS = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+torch.set_num_threads(1)
+from helpers.comparison import FACTS, build, compare
+from test_runner import ONE, OTHER, process_of
+options = {"progress": False, "value_cache": False, "also": {"process": process_of}}
+compare(build("llama", "bos"), FACTS, [ONE, OTHER], rounds_of=1, folder=sys.argv[1], **options)
+"""
+
+
+def process_of(session: EditSession, round: int) -> pd.DataFrame:
+    """Return which process measures; one that the test kills here signals that it has come so far, and waits."""
+    if os.environ.get("STOP_AT") == f"{session.method.name}, {round}":
+        Path(os.environ["STOPPED"]).touch()
+        time.sleep(600)
+    return pd.DataFrame({"process": [os.getpid()]})
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start processes that make one comparison in one folder; all have ended after the test."""
+    here, children = Path(__file__), []
+
+    def start(stop_at: str = "") -> subprocess.Popen:
+        words = [sys.executable, "-c", _IN_A_PROCESS, str(tmp_path / "run"), str(here.parent), str(here.parents[1])]
+        environment = {**os.environ, "STOP_AT": stop_at, "STOPPED": str(tmp_path / "stopped")}
+        children.append(subprocess.Popen(words, env=environment))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+def wait_for(file: Path, *alive: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not file.exists():
+        assert time.monotonic() < deadline
+        assert [child.poll() for child in alive] == [None] * len(alive)
+        time.sleep(0.02)
+
+
+@pytest.mark.long
+def test_processes_share_the_cells_and_one_makes_the_cell_of_another_that_dies(
+    tmp_path: Path, start: Callable[..., subprocess.Popen]
+) -> None:
+    folder = tmp_path / "run"
+    first = start(stop_at="one, 3")
+    wait_for(tmp_path / "stopped", first)
+    second = start()
+    while not list(folder.glob("cells/the_other*/cell.json")):  # the second leaves the first one's cell for later
+        assert second.poll() is None
+        time.sleep(0.02)
+    assert not list(folder.glob("cells/one*"))
+    first.send_signal(signal.SIGKILL)
+    assert second.wait(300) == 0
+    shared, whole = load_comparison(folder), run([ONE, OTHER], rounds_of=1)
+    assert set(shared.also["process"].process) == {second.pid}
+    assert shared.scores[shared.measures].to_numpy() == pytest.approx(whole.scores[shared.measures].to_numpy(), abs=2e-4, nan_ok=True)
+    assert not list((folder / "locks").iterdir())
+
+
+def test_a_killed_comparison_keeps_its_finished_cells_and_makes_the_others(tmp_path: Path, start: Callable[..., subprocess.Popen]) -> None:
+    folder = tmp_path / "run"
+    killed = start(stop_at="the other, 2")
+    wait_for(tmp_path / "stopped", killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    before = contents(folder / "cells")
+    assert {name.split("/")[0] for name in before} == {"one-seed0"}
+    assert load_comparison(folder).rounds.method.unique().tolist() == ["one"]
+    resumed = run([ONE, OTHER], rounds_of=1, folder=folder, also={"process": process_of})
+    after, whole = contents(folder / "cells"), run([ONE, OTHER], rounds_of=1)
+    assert {name: after[name] for name in before} == before
+    assert resumed.also["process"].groupby("method").process.unique().map(list).to_dict() == {
+        "one": [killed.pid],
+        "the other": [os.getpid()],
+    }
+    assert resumed.scores[resumed.measures].to_numpy() == pytest.approx(whole.scores[whole.measures].to_numpy(), abs=2e-4, nan_ok=True)
+
+
+def test_an_interrupted_cell_is_made_again_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = EditSession.edit
+
+    def stop(session: EditSession, *args: object) -> object:
+        if len(session) == 2:
+            raise KeyboardInterrupt
+        return edit(session, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EditSession, "edit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run([NSE], folder=tmp_path, rounds_of=1)
+    assert not (tmp_path / "cells").exists()
+    same_but_for_seconds(run([NSE], folder=tmp_path, rounds_of=1), run([NSE], rounds_of=1))

@@ -1,4 +1,4 @@
-"""A comparison's folder: what is finished is read, more can be added, what differs or is damaged is refused."""
+"""A comparison's folder: finished cells are read, more can be added, what differs or is damaged is refused."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def test_other_facts_settings_or_model_are_refused_and_nothing_is_written(tmp_pa
     before = contents(tmp_path)
     changed = FactList([*FACTS[:3], Fact("d", "Berlin", "The capital, {}, plays the", "Rome", "piano")])
     for options, said in [
-        ({"facts": FACTS[:3]}, r"facts\.n is 4 there, 3 was asked for"),
+        ({"facts": FACTS[:3]}, r"facts\.n is 4 there, 3 here"),
         ({"facts": changed}, r"facts\.digest is"),
-        ({"rounds_of": 1}, "rounds_of is 2 there, 1 was asked for"),
+        ({"rounds_of": 1}, "rounds_of is 2 there, 1 here"),
         ({"test_at": 2}, r"test_at is \[1, 2\] there"),
         ({"shuffle": True}, "shuffle is False there"),
         ({"model": build("llama", "bos", seed=2)}, "model_fingerprint"),
     ]:
         with pytest.raises(SettingError, match=said):
             run([NSE], folder=tmp_path, **options)
-    with pytest.raises(SettingError, match="other settings of 'nse': passes is 2 there, 1 was asked for"):
+    with pytest.raises(SettingError, match="other settings of 'nse': passes is 2 there, 1 here"):
         run([NSE.with_(passes=1)], folder=tmp_path)
     after = contents(tmp_path)
     assert {name: held[0] for name, held in after.items()} == {name: held[0] for name, held in before.items()}
@@ -68,10 +68,10 @@ def test_a_cell_older_than_a_setting_was_made_with_its_default(tmp_path: Path) -
     made = run([NSE], folder=tmp_path)
     (about,) = (tmp_path / "cells").glob("*/cell.json")
     cell = json.loads(about.read_text())
-    assert cell["method"].pop("max_update_norm") == 100
+    assert cell["method"]["apply"].pop("max_update_norm") == 100
     about.write_text(json.dumps(cell))
     assert run([NSE], folder=tmp_path).scores.equals(made.scores)  # read, not made again
-    with pytest.raises(SettingError, match="max_update_norm is 100.0 there, 5.0 was asked for"):
+    with pytest.raises(SettingError, match="max_update_norm is 100.0 there, 5.0 here"):
         run([NSE.with_(max_update_norm=5.0)], folder=tmp_path)
 
 
@@ -107,7 +107,7 @@ def test_a_comparison_goes_on_where_numbers_are_rounded_in_another_way(
     monkeypatch.setattr(comparison_run, "sample_corpus", lambda *_, **__: pytest.fail("the text of the folder was not used"))
     both = run([NSE, MEMIT], folder=tmp_path)
     assert both.rounds.method.unique().tolist() == ["nse", "memit"]
-    assert "to rounding only" in caplog.text
+    assert "up to rounding" in caplog.text
     assert json.loads(noted.read_text()) == data  # what the finished cells were made with stays noted
 
 

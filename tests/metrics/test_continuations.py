@@ -10,8 +10,7 @@ from helpers.plain_scores import ARCHITECTURES, PAIRS, one_by_one
 from nse_tools import methods
 from nse_tools.editing.session import EditSession
 from nse_tools.metrics._cache import MetricCache
-from nse_tools.metrics._continuations import score_continuations
-from nse_tools.metrics._prompt_states import PromptStates
+from nse_tools.metrics._continuations import PromptStates, score_continuations
 from nse_tools.metrics.forgetting import prompt_states, round_scores
 from nse_tools.models.editable_model import EditableModel
 
