@@ -13,6 +13,7 @@ import torch
 
 from helpers.kept import FAST, fact, session_of
 from helpers.models import CONTEXTS, FACTS, build, moments_for
+from nse_tools import methods
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.data.readers import load_facts
@@ -29,7 +30,7 @@ from nse_tools.metrics.generation import (
     session_texts,
 )
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.steps.records import Replaced, methods
+from nse_tools.steps.records import Replaced
 
 ABOUT = FactList(
     [
