@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from nse_tools.cli import figures, sharing
+from nse_tools.cli import editing, figures, sharing
 from nse_tools.cli.shell import (
     Facts,
     Model,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="See and steer what a language model knows.", no_args_is_help=True, add_completion=False)
 app.add_typer(sharing.commands)
 app.add_typer(figures.commands, name="figures")
+app.command()(editing.edit)
 _SHOWN = {
     "round": "round",
     "facts": "facts",

@@ -98,15 +98,21 @@ def find_conflicts(facts: Sequence[Fact], name: str = "facts") -> Conflicts:
     Conflicts
         In the order in which the groups begin.
     """
+    groups = (tuple(facts[place] for place in places) for places in group_by_question(facts))
+    return Conflicts(name, tuple(group for group in groups if len({fact.target_new for fact in group}) > 1))
+
+
+def group_by_question(facts: Sequence[Fact]) -> list[list[int]]:
+    """Return the places of facts that ask the same, group by group, in the order in which the groups begin."""
     linked = list(range(len(facts)))
-    seen: dict[Hashable, int] = {}
+    first_place: dict[Hashable, int] = {}
     for place, fact in enumerate(facts):
-        for key in questions_of(fact):
-            linked[_root(linked, place)] = _root(linked, seen.setdefault(key, place))
-    groups: dict[int, list[Fact]] = defaultdict(list)
-    for place, fact in enumerate(facts):
-        groups[_root(linked, place)].append(fact)
-    return Conflicts(name, tuple(tuple(g) for g in groups.values() if len({f.target_new for f in g}) > 1))
+        for question in questions_of(fact):
+            linked[_root(linked, place)] = _root(linked, first_place.setdefault(question, place))
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place in range(len(facts)):
+        groups[_root(linked, place)].append(place)
+    return list(groups.values())
 
 
 def questions_of(fact: Fact) -> Iterator[tuple[str, ...]]:

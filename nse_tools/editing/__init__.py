@@ -1,5 +1,6 @@
 """A sequence of edits: the session, its timeline, calibration, checks."""
 
+from nse_tools.editing.batches import EditedRounds
 from nse_tools.editing.calibration import Calibration, calibrate
 from nse_tools.editing.check_model import MemoryEstimate, ModelCheck, check_model, estimate_memory
 from nse_tools.editing.edit_round import EditRound
@@ -17,6 +18,7 @@ __all__ = [
     "estimate_memory",
     "EditRound",
     "EditSession",
+    "EditedRounds",
     "ParameterChanges",
     "Verification",
     "calibrate",

@@ -18,10 +18,10 @@ from nse_tools import methods
 from nse_tools._repr import table_html
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
+from nse_tools.editing.batches import EditedRounds, OnConflict, check_batch, check_moments, check_replaced, check_values, plan_edits
 from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.guards import check_preset
 from nse_tools.editing.preview import EditPreview
-from nse_tools.editing.round_inputs import check_batch, check_moments, check_replaced, check_values
 from nse_tools.editing.timeline import Timeline
 from nse_tools.editing.weight_history import ParameterChanges, Verification, WeightHistory
 from nse_tools.errors import SettingError, StateError
@@ -199,7 +199,7 @@ class EditSession:
             Their target values, where they are known already.
         replaces : sequence of Replaced
             Facts of earlier rounds whose targets these replace. Their old keys leave the preserved keys before the update is
-            solved for (:class:`PreviousKeys`). ``edit_all(…, on_conflict="replace")`` finds them by itself.
+            solved for (:class:`PreviousKeys`); ``edit_all(…, on_conflict="replace")`` finds them itself.
 
         Returns
         -------
@@ -273,17 +273,52 @@ class EditSession:
             first = next(iter(done.skipped))
             _log.warning("round %d: %d facts were not edited (%s), e.g. %s", done.number, len(done.skipped), reasons, first)
 
-    def edit_all(self, facts: FactList, rounds_of: int, watch: Callable[[EditSession], object] | None = None) -> list[EditRound]:
+    def edit_all(
+        self,
+        facts: FactList,
+        rounds_of: int,
+        on_conflict: OnConflict = "error",
+        watch: Callable[[EditSession], object] | None = None,
+    ) -> EditedRounds:
         """Edit facts round after round; a progress bar counts the rounds.
 
-        ``watch`` is called with the session after each round: :class:`nse_tools.CollapseDetector` warns there, or stops.
+        A fact whose question (:func:`nse_tools.find_conflicts`) has the same target already, in an earlier round or earlier in the
+        list, is skipped, and a warning says so. So a list can be gone on with: on a session loaded from its ``autosave`` folder,
+        the same call edits what is missing, in the rounds of a run that was not interrupted.
+
+        Parameters
+        ----------
+        facts : FactList
+            The facts.
+        rounds_of : int
+            Facts per round.
+        on_conflict : {"error", "replace", "skip"}
+            What to do where a question has another target, in an earlier round or in the list: refuse the list before anything is
+            edited; edit the newest target, which replaces those of earlier rounds (their old keys leave the preserved keys, and
+            measures ask the newest only); or keep the oldest target.
+        watch : callable, optional
+            Called with the session after each round: :class:`nse_tools.CollapseDetector` warns there, or stops.
+
+        Returns
+        -------
+        EditedRounds
+            The rounds that were made, and the facts that were skipped, with the reason.
+
+        Raises
+        ------
+        FactError
+            If targets conflict and ``on_conflict`` is ``"error"``.
         """
-        done = []
-        for batch in tqdm(facts.rounds(of=rounds_of), desc="rounds", unit="round", disable=not self.progress):
-            done.append(self.edit(batch))
+        plan = plan_edits(facts, self.rounds, on_conflict)
+        if plan.skipped:
+            fact, reason = next(iter(plan.skipped.items()))
+            _log.warning("edit_all: %d of %d facts are skipped, e.g. %r: %s", len(plan.skipped), len(facts), fact, reason)
+        made = []
+        for batch, replaces in tqdm(plan.rounds(of=rounds_of), desc="rounds", unit="round", disable=not self.progress):
+            made.append(self.edit(batch, replaces=replaces))
             if watch is not None:
                 watch(self)
-        return done
+        return EditedRounds(made, plan.skipped)
 
     def preview(self, facts: Fact | Sequence[Fact], values: TargetValues | None = None) -> EditPreview:
         """Find out what :meth:`edit` would do, and leave weights and session as they are, bit for bit.
