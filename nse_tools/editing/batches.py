@@ -9,7 +9,6 @@ from itertools import count
 from typing import Literal, get_args, overload
 
 import pandas as pd
-import torch
 
 from nse_tools._repr import table_html
 from nse_tools.data.conflicts import group_by_question, questions_of
@@ -21,7 +20,6 @@ from nse_tools.methods.base import Method
 from nse_tools.steps.records import Replaced
 from nse_tools.steps.update import first_bad
 from nse_tools.steps.values import TargetValues
-from nse_tools.tracing.moments import SecondMoments
 
 OnConflict = Literal["error", "replace", "skip"]
 """What to do about a fact whose question has another target already: refuse the list, replace the older target, or keep it."""
@@ -63,19 +61,6 @@ def check_replaced(replaces: Sequence[Replaced], rounds: Sequence[EditRound]) ->
         if old in replaced:
             raise FactError(f"Fact {old.fact!r} of round {old.round} was replaced before, or is named twice; name its newest round only.")
         replaced.add(old)
-
-
-def check_moments(moments: SecondMoments, layers: Sequence[int], d_ff: int) -> None:
-    """Refuse key statistics C that are of another width, or not finite."""
-    for layer in sorted(set(layers) & set(moments.layers)):  # fine-tuning needs none
-        matrix = moments[layer]
-        if matrix.shape != (d_ff, d_ff):
-            raise SettingError(
-                f"Layer {layer}: the key statistics C have shape {tuple(matrix.shape)}, but keys of this model have {d_ff} coordinates; "
-                "they are of another model."
-            )
-        if not bool(torch.isfinite(matrix).all()):
-            raise SettingError(f"Layer {layer}: the key statistics C ({moments.source}) are not finite; compute them again.")
 
 
 # ---- a list of facts -------------------------------------------------------------------------------------------------

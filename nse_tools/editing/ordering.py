@@ -1,8 +1,4 @@
-"""Orders of a stream by how alike the facts' keys are: alike ones packed together, or spread apart.
-
-Old edits suffer most from new ones with similar keys. The two orders are stress tests: packed, a round's keys are as alike as
-they get; spread, every round is a mix, and what is alike is many facts apart.
-"""
+"""Order facts by the similarity of their keys: similar ones packed together, or spread apart; stress tests for sequences of edits."""
 
 from __future__ import annotations
 
@@ -17,57 +13,27 @@ from nse_tools.steps.keys import collect_keys
 from nse_tools.tracing.contexts import BARE, Contexts
 
 _REMEMBERED = 0.9
-"""How much of what came before counts one fact later, in :func:`spread_order`: the last ten facts or so matter."""
+"""Weight of earlier facts one fact later, in :func:`spread_order`: about the last ten facts matter."""
 
 
 def packed_order(keys: np.ndarray) -> list[int]:
-    """Put similar keys next to each other: from the first fact on, always the one most like the fact before.
+    """Return the order in which each row of keys, (n_facts, d_ff), is the one most like the row before; the first stays first.
 
     Similarity is the cosine of the keys; of equals the one that is given first is taken.
-
-    Parameters
-    ----------
-    keys : ndarray
-        (n_facts, d_ff).
-
-    Returns
-    -------
-    list of int
-        Row numbers in the new order; the first stays first.
-
-    Raises
-    ------
-    SettingError
-        If the keys are not a matrix of finite rows that are not zero.
     """
     return _walk(keys, remembered=0.0, towards=1.0)
 
 
 def spread_order(keys: np.ndarray) -> list[int]:
-    """Put similar keys far apart: from the first fact on, always the one least like the facts before.
+    """Return the order in which each row of keys, (n_facts, d_ff), is the one least like the rows before; the first stays first.
 
     With unit keys u and those before in order 1 … t, the next is argmin_j u_j · Σ_i 0.9^(t−i) u_i; of equals the one given first.
-
-    Parameters
-    ----------
-    keys : ndarray
-        (n_facts, d_ff).
-
-    Returns
-    -------
-    list of int
-        Row numbers in the new order; the first stays first.
-
-    Raises
-    ------
-    SettingError
-        If the keys are not a matrix of finite rows that are not zero.
     """
     return _walk(keys, remembered=_REMEMBERED, towards=-1.0)
 
 
 def _walk(keys: np.ndarray, remembered: float, towards: float) -> list[int]:
-    """Go from fact to fact, always to the one most (``towards`` 1) or least (−1) like the faded sum of those before."""
+    """Go from row to row, always to the one most (``towards`` 1) or least (−1) like the decayed sum of those before."""
     unit = _unit_rows(keys)
     order = [0][: len(unit)]
     left = np.ones(len(unit), dtype=bool)
@@ -80,7 +46,7 @@ def _walk(keys: np.ndarray, remembered: float, towards: float) -> list[int]:
 
 
 def _best(score: np.ndarray, left: np.ndarray) -> int:
-    """Take the best of those left; what differs by rounding only counts as equal, so that every machine takes the same."""
+    """Take the best of those left; scores that differ by rounding only are equal, so that every machine takes the same."""
     best = int(np.argmax(np.where(left, np.round(score, 9), -np.inf)))
     left[best] = False
     return best
@@ -110,7 +76,7 @@ def order_facts(
     contexts: Contexts = BARE,
     layer: int | None = None,
 ) -> FactList:
-    """Order facts for a stream of edits.
+    """Order facts for a sequence of edits.
 
     Parameters
     ----------
@@ -118,7 +84,7 @@ def order_facts(
         The facts.
     policy : str
         ``"given"``; ``"shuffled"``, which depends on the seed only; ``"packed"`` or ``"spread"``: facts with similar keys next
-        to each other or far apart (:func:`nse_tools.facts.packed_order`, :func:`nse_tools.facts.spread_order`).
+        to each other or far apart (:func:`packed_order`, :func:`spread_order`).
     seed : int
         Seed of ``"shuffled"``.
     model : EditableModel, optional
@@ -139,13 +105,15 @@ def order_facts(
         For an unknown policy, or one by keys without model or layer.
     """
     if policy not in ORDERS:
-        raise SettingError(f"There is no order {policy!r}.{nearest(policy, ORDERS)}")
+        raise SettingError(f"policy: expected one of {', '.join(map(repr, ORDERS))}, got {policy!r}.{nearest(policy, ORDERS)}")
     if policy == "shuffled":
         return facts.shuffled(seed)
     if policy == "given" or len(facts) < 2:
         return facts
     if model is None or layer is None:
-        raise SettingError(f"The order {policy!r} compares keys: say of which model and layer (model=…, layer=method.layers[0]).")
+        raise SettingError(
+            f"policy={policy!r}: expected a model and a layer whose keys are compared. Give model=…, layer=method.layers[0]."
+        )
     with model.original_weights():
         keys = collect_keys(model, facts, contexts, layer).matrix.numpy()
     return FactList((facts[row] for row in _BY_KEYS[policy](keys)), facts.name)

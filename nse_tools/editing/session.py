@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -18,15 +19,19 @@ from nse_tools import methods
 from nse_tools._repr import table_html
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
-from nse_tools.editing.batches import EditedRounds, OnConflict, check_batch, check_moments, check_replaced, check_values, plan_edits
+from nse_tools.editing.batches import EditedRounds, OnConflict, check_batch, check_replaced, check_values, plan_edits
 from nse_tools.editing.edit_round import EditRound
-from nse_tools.editing.guards import check_preset
 from nse_tools.editing.preview import EditPreview
 from nse_tools.editing.timeline import Timeline
 from nse_tools.editing.weight_history import ParameterChanges, Verification, WeightHistory
 from nse_tools.errors import SettingError, StateError
+from nse_tools.methods._presets import check_preset
 from nse_tools.methods.base import Method, Preparation, RoundInputs
 from nse_tools.metrics._cache import MetricCache
+from nse_tools.metrics.ability import AbilityScores, session_ability
+from nse_tools.metrics.drift import Drift, session_drift
+from nse_tools.metrics.forgetting import ForgettingMatrix, Retention, forgetting_matrix, session_retention, session_scores
+from nse_tools.metrics.generation import Consistency, Fluency, ReferenceTexts, session_consistency, session_fluency
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.models.weights import surely_afterwards, uninterrupted, weights_in_place, write_weights
 from nse_tools.parallel.executor import Executor
@@ -42,10 +47,6 @@ if TYPE_CHECKING:
     from nse_tools.figures.report import Report
     from nse_tools.io._patch_manifest import SharedEdit
     from nse_tools.io._session_folder import SessionFolder
-    from nse_tools.metrics.ability import AbilityScores
-    from nse_tools.metrics.drift import Drift
-    from nse_tools.metrics.forgetting import ForgettingMatrix, Retention
-    from nse_tools.metrics.generation import Consistency, Fluency, ReferenceTexts
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class EditSession:
         check_preset(self.method, model)
         model.check_layers(self.method.layers)
         if moments is not None:
-            check_moments(moments, self.method.edited_layers, model.d_ff)
+            _check_moments(moments, self.method.edited_layers, model.d_ff)
         self._weights = WeightHistory(model, self.method.layers)
         self._timeline = Timeline(self._weights.original_digest())
         self._viewed_rounds: tuple[int, ...] = ()
@@ -142,7 +143,7 @@ class EditSession:
         """The key statistics C of the edited layers, computed or taken from the cache at first use."""
         if self._moments is None:
             moments = self.find_moments() if self.find_moments is not None else self._compute_moments()
-            check_moments(moments, self.method.edited_layers, self.model.d_ff)
+            _check_moments(moments, self.method.edited_layers, self.model.d_ff)
             self._moments = moments
         return self._moments
 
@@ -201,11 +202,6 @@ class EditSession:
             Facts of earlier rounds whose targets these replace. Their old keys leave the preserved keys before the update is
             solved for (:class:`PreviousKeys`); ``edit_all(…, on_conflict="replace")`` finds them itself.
 
-        Returns
-        -------
-        EditRound
-            The record of the round.
-
         Raises
         ------
         FactError
@@ -215,7 +211,7 @@ class EditSession:
         EditError
             If a step fails; it says at which fact, layer and setting.
         StorageError
-            If the round cannot be kept on disk (``autosave``): the edit is rolled back.
+            If the round cannot be kept on disk (``autosave``).
         """
         self._check_weights()
         with self._weights.rollback_on_error(lambda: self._timeline):
@@ -280,11 +276,11 @@ class EditSession:
         on_conflict: OnConflict = "error",
         watch: Callable[[EditSession], object] | None = None,
     ) -> EditedRounds:
-        """Edit facts round after round; a progress bar counts the rounds.
+        """Edit facts round after round.
 
         A fact whose question (:func:`nse_tools.find_conflicts`) has the same target already, in an earlier round or earlier in the
-        list, is skipped, and a warning says so. So a list can be gone on with: on a session loaded from its ``autosave`` folder,
-        the same call edits what is missing, in the rounds of a run that was not interrupted.
+        list, is skipped, and a warning says so. So a killed run can be resumed: on a session loaded from its ``autosave`` folder,
+        the same call makes the rounds that are missing.
 
         Parameters
         ----------
@@ -303,11 +299,6 @@ class EditSession:
         -------
         EditedRounds
             The rounds that were made, and the facts that were skipped, with the reason.
-
-        Raises
-        ------
-        FactError
-            If targets conflict and ``on_conflict`` is ``"error"``.
         """
         plan = plan_edits(facts, self.rounds, on_conflict)
         if plan.skipped:
@@ -321,28 +312,10 @@ class EditSession:
         return EditedRounds(made, plan.skipped)
 
     def preview(self, facts: Fact | Sequence[Fact], values: TargetValues | None = None) -> EditPreview:
-        """Find out what :meth:`edit` would do, and leave weights and session as they are, bit for bit.
+        """Return what :meth:`edit` would do, and leave weights and session as they are, bit for bit.
 
         The round is made in full and every weight put back, also if a step fails or is interrupted; the edit made afterwards
-        gives the same numbers. What the session samples at its first edit, contexts and key statistics, is sampled for good;
-        optimised values go into its cache.
-
-        Parameters
-        ----------
-        facts : Fact or sequence of Fact
-            The facts of the round.
-        values : TargetValues, optional
-            Their target values, where they are known already.
-
-        Returns
-        -------
-        EditPreview
-            Values, neurons, residuals now and as expected after the edit.
-
-        Raises
-        ------
-        FactError, StateError, EditError
-            As :meth:`edit` would.
+        gives the same numbers. Contexts, key statistics and optimised values are kept for it.
         """
         self._check_weights()
         with self.model.lock, weights_in_place(self.model, self._weights.current()):
@@ -350,29 +323,13 @@ class EditSession:
 
     # ---- back and forth ----------------------------------------------------------------------------------------------
     def undo(self) -> EditRound:
-        """Undo the last round, bit for bit; return it. :meth:`redo` makes it again.
-
-        Raises
-        ------
-        SettingError
-            If there is no round.
-        StateError
-            If the weights are not those of the last round.
-        """
+        """Undo the last round, bit for bit; return it. :meth:`redo` makes it again."""
         if not self.rounds:
             raise SettingError("There is no round to undo.")
         return self.rewind(to=len(self) - 1)[0]
 
     def rewind(self, to: int) -> list[EditRound]:
-        """Go back to the weights after round ``to`` (0: unedited), bit for bit; return the undone rounds, oldest first.
-
-        Raises
-        ------
-        SettingError
-            If there is no such round.
-        StateError
-            If the weights are not those of the last round.
-        """
+        """Go back to the weights after round ``to`` (0: unedited), bit for bit; return the undone rounds, oldest first."""
         self._timeline.check_round(to)
         self._check_weights()
         undone = list(self.rounds[to:])
@@ -381,20 +338,7 @@ class EditSession:
         return undone
 
     def redo(self, to: int | None = None) -> EditRound:
-        """Make a round again that was undone or rewound, bit for bit, from its record; return it.
-
-        Parameters
-        ----------
-        to : int, optional
-            Up to which round; the next one by default.
-
-        Raises
-        ------
-        SettingError
-            If no round was undone since the last edit or drop.
-        StateError
-            If the weights are not those of the last round.
-        """
+        """Make undone rounds again, bit for bit, up to a number (the next one by default); return the last of them."""
         ahead = self._timeline.forward_to(len(self) + 1 if to is None else to)
         self._check_weights()
         self._move(ahead, measured_upto=len(self))
@@ -405,13 +349,6 @@ class EditSession:
         """Give the model the weights after a round (0: unedited) inside a ``with`` block, then its current weights again.
 
         Whatever the block writes into the edited weights is discarded. Nothing can be edited inside.
-
-        Raises
-        ------
-        SettingError
-            If there is no such round.
-        StateError
-            If the weights are not those of the last round.
         """
         self._timeline.check_round(round)
         if not self._viewed_rounds:
@@ -425,40 +362,17 @@ class EditSession:
                 yield self.model
 
     def weights_at(self, round: int) -> dict[int, Tensor]:
-        """Return the edited layers' weights after a round: originals plus the recorded updates, in their order.
-
-        Returns
-        -------
-        dict of int to Tensor
-            Layer → (d_model, d_ff), on CPU.
-
-        Raises
-        ------
-        StateError
-            If the result is not, bit for bit, what was recorded.
-        """
+        """Return the weights after a round, layer → (d_model, d_ff) on CPU: W₀ plus the recorded updates, in their order."""
         self._timeline.check_round(round)
         return self._weights.after(self._timeline, round, self.method.apply.rounding)
 
     def drop(self, round: int) -> EditRound:
-        """Remove one round's update and keep the later ones; return the record of the dropped round.
+        """Remove one round's update and keep the later ones, which move up by one; return the record of the dropped round.
 
         Exact for the last round (that is :meth:`undo`). Otherwise approximate: the later rounds' updates were solved for on
         weights, and next to keys, that held the dropped round, and are added again as they are. Their residuals, keys and
         digests are measured again, and :attr:`EditRound.approximate` says what happened. To solve again instead:
         ``rewind(to=round - 1)``, then ``edit`` each later round's facts.
-
-        Parameters
-        ----------
-        round : int
-            Its number; the later ones move up by one.
-
-        Raises
-        ------
-        SettingError
-            If there is no such round.
-        StateError
-            If the weights are not those of the last round.
         """
         self._timeline.check_round(round, first=1)
         if round == len(self):
@@ -478,25 +392,13 @@ class EditSession:
         return dropped
 
     def restore(self) -> None:
-        """Write the weights of the last round into the model, whatever somebody else wrote into them.
-
-        Raises
-        ------
-        StateError
-            Inside a ``with session.at(…)`` block.
-        """
+        """Write the weights of the last round into the model, whatever somebody else wrote into them."""
         self._check_not_viewing()
         with self._weights.rollback_on_error(lambda: None):
             write_weights(self.model, self.weights_at(len(self)))
 
     def take_over(self, rounds: Sequence[EditRound]) -> None:
-        """Give the model, bit for bit, the weights after recorded rounds, and go on from there; for a session without rounds.
-
-        Raises
-        ------
-        StateError
-            If there are rounds already, or the records do not give the recorded weights.
-        """
+        """Give the model, bit for bit, the weights after recorded rounds, and go on from there; for a session without rounds."""
         self._check_weights()
         if self.rounds:
             raise StateError(f"take_over: expected a session without rounds, got one with {len(self)}.")
@@ -544,17 +446,9 @@ class EditSession:
         return self._weights.verify(self._timeline, self.method.apply.rounding)
 
     def changed_parameters(self, from_: int = 0, to: int | None = None) -> ParameterChanges:
-        """Return which parameters changed between two rounds: norms, largest change, columns, rank and effective rank.
+        """Return which parameters changed between two rounds (0: unedited): norms, largest change, columns, rank, effective rank.
 
-        Parameters
-        ----------
-        from_, to : int
-            Rounds (0: unedited); from the unedited model to the last round by default.
-
-        Raises
-        ------
-        SettingError
-            If there is no such round.
+        From the unedited model to the last round by default.
         """
         last = len(self) if to is None else to
         return self._weights.changes(self.weights_at(from_), self.weights_at(last), (from_, last))
@@ -577,44 +471,30 @@ class EditSession:
     # ---- what was learned and kept -----------------------------------------------------------------------------------
     def scores(self, round: int | None = None, *, with_perplexity: bool = True) -> pd.DataFrame:
         """Return efficacy, generalization, specificity, … after each round, or after one (:func:`nse_tools.metrics.session_scores`)."""
-        from nse_tools.metrics.forgetting import session_scores
-
         return session_scores(self, round, with_perplexity=with_perplexity)
 
     def forgetting(self, measure: str = "efficacy") -> ForgettingMatrix:
         """Return the forgetting matrix M[t, s] (:func:`nse_tools.metrics.forgetting_matrix`)."""
-        from nse_tools.metrics.forgetting import forgetting_matrix
-
         return forgetting_matrix(self, measure)
 
     def retention(self, measure: str = "efficacy") -> Retention:
         """Return how much of each round is kept at the end (:func:`nse_tools.metrics.session_retention`)."""
-        from nse_tools.metrics.forgetting import session_retention
-
         return session_retention(self, measure)
 
     def drift(self, round: int | None = None, texts: Sequence[str] | None = None) -> Drift:
         """Return how far neutral text and weights have moved after each round (:func:`nse_tools.metrics.session_drift`)."""
-        from nse_tools.metrics.drift import session_drift
-
         return session_drift(self, round, texts)
 
     def fluency(self, round: int | None = None, **options: Any) -> Fluency:
         """Return the fluency of what the model writes after a round (:func:`nse_tools.metrics.session_fluency`)."""
-        from nse_tools.metrics.generation import session_fluency
-
         return session_fluency(self, round, **options)
 
     def consistency(self, references: ReferenceTexts, round: int | None = None, **options: Any) -> Consistency:
         """Return its likeness to reference texts of the new targets (:func:`nse_tools.metrics.session_consistency`)."""
-        from nse_tools.metrics.generation import session_consistency
-
         return session_consistency(self, references, round, **options)
 
     def ability(self, tasks: str | Sequence[str] | None = None, rounds: int | Sequence[int] | None = None, **options: Any) -> AbilityScores:
         """Return the scores of lm-eval's or our own tasks after some rounds (:func:`nse_tools.metrics.session_ability`)."""
-        from nse_tools.metrics.ability import session_ability
-
         return session_ability(self, tasks, rounds, **options)
 
     def report(self, path: str | Path | None = None, *, measure: bool = True) -> Report:
@@ -658,24 +538,13 @@ class EditSession:
             the same model these weights bit for bit; or a LoRA adapter for PEFT.
         round : int, optional
             After which round; the last by default.
-        overwrite : bool
-            Replace an earlier export.
-        check : bool
-            Load model or adapter again and compare logits.
+        overwrite, check : bool
+            Replace an earlier export; load model or adapter again and compare logits.
         rank : int, optional
             Rank of the adapter.
 
-        Returns
-        -------
-        SharedEdit
-            What was written, with its size and what was compared.
-
         Raises
         ------
-        SettingError
-            If there is nothing to export, the path is taken, or an option is wrong.
-        StateError
-            If the weights are not those of the last round.
         ExportError
             If it cannot be written or does not do what the edit does; nothing is left behind.
         """
@@ -711,3 +580,16 @@ def _without_round(done: EditRound, dropped: int) -> EditRound:
 def _short_ids(facts: FactList) -> str:
     """Return the first ids of some facts."""
     return ", ".join(map(repr, facts.ids[:3])) + (f" and {len(facts) - 3} more" if len(facts) > 3 else "")
+
+
+def _check_moments(moments: SecondMoments, layers: Sequence[int], d_ff: int) -> None:
+    """Refuse key statistics C that are of another width, or not finite."""
+    for layer in sorted(set(layers) & set(moments.layers)):  # fine-tuning needs none
+        matrix = moments[layer]
+        if matrix.shape != (d_ff, d_ff):
+            raise SettingError(
+                f"Layer {layer}: the key statistics C have shape {tuple(matrix.shape)}, but keys of this model have {d_ff} coordinates; "
+                "they are of another model."
+            )
+        if not bool(torch.isfinite(matrix).all()):
+            raise SettingError(f"Layer {layer}: the key statistics C ({moments.source}) are not finite; compute them again.")

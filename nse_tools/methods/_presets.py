@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from nse_tools.errors import SettingError, nearest
 from nse_tools.methods.base import Method
+from nse_tools.models.editable_model import EditableModel
 
 M = TypeVar("M", bound=Method)
 DEFAULT_PRESET = "smollm2-135m"
@@ -73,3 +74,16 @@ def build(
     parts = {k: given.pop(k) for k in ("solver", "post_process") if k in given and k in method.settings()}
     method = method.with_(**parts)
     return method.with_(**{k: v for k, v in given.items() if k in method.settings()}).with_(**settings)
+
+
+def check_preset(method: Method, model: EditableModel) -> None:
+    """Refuse a method whose preset was made for a model of another shape."""
+    if method.preset is None or method.preset not in presets():
+        return
+    expected = presets()[method.preset]["model"]
+    shape = {"n_layers": model.n_layers, "d_model": model.d_model, "d_ff": model.d_ff}
+    if shape != expected:
+        raise SettingError(
+            f"preset={method.preset!r}: expected a model of shape {expected}, got {model.name} of shape {shape}. "
+            "Use its own preset, or preset=None with layers=… and settings for this model (alpha relative: band_unit='relative')."
+        )

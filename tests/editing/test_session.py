@@ -17,11 +17,13 @@ from nse_tools.methods import locate_then_edit as updating
 from nse_tools.metrics._cache import Measurement
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps import values as values_module
+from nse_tools.steps.neurons import NeuronConfig
 from nse_tools.steps.values import compute_values
 from reference import apart
 
 LAYERS = (0, 2)
 METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
+STEPS = {"select": (NeuronConfig, "select"), "solve": (updating, "solve_update"), "write": (updating.Writer, "write")}
 SCORES = Measurement[str]("scores")
 ONE, TWO = FactList(list(FACTS)[:3]), FactList(list(FACTS)[3:])
 
@@ -112,14 +114,14 @@ def test_looking_back_comes_back_when_the_body_raises() -> None:
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, MemoryError])
 @pytest.mark.parametrize("at_call", [1, 3])
-@pytest.mark.parametrize("step", ["select_neurons", "solve_update", "writer.write"])
+@pytest.mark.parametrize("step", list(STEPS))
 def test_an_edit_that_is_interrupted_leaves_everything_as_it_was(
     step: str, at_call: int, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = session_of("gpt2")
     session.edit(ONE)
     state, rounds, history = all_weights(session.model), session.rounds, session.history.matrix(0).clone()
-    owner, attribute = (updating.Writer, "write") if step == "writer.write" else (updating, step)
+    owner, attribute = STEPS[step]
     real, calls = getattr(owner, attribute), []
 
     def breaking(*args, **kwargs):
@@ -329,7 +331,7 @@ def test_editing_all_facts_round_after_round() -> None:
     session = session_of()
     done = session.edit_all(FACTS, rounds_of=2)
     assert [len(r.facts) for r in done] == [2, 2, 1]
-    assert list(session) == done
+    assert list(session) == list(done)
     assert [len(k) for k in (session.history, session.rounds)] == [3, 3]
     assert session.history.stacked(0).shape == (5, session.model.d_ff)
 
