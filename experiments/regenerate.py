@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from experiments.benchmark_plots import round_seconds, search_speed
 from nse_tools import plots
 from nse_tools.compare.result import load_comparison
 from nse_tools.compare.store import read_table
@@ -101,8 +102,8 @@ STORED: Mapping[str, StoredFigure] = {
     "forgetting_matrix": of_sequence(lambda sequence: plots.forgetting_matrix(sequence.matrix("efficacy_accuracy"))),
     "forgetting_lost": of_sequence(lambda sequence: plots.forgotten_facts(sequence.forgotten("efficacy_accuracy"))),
     "counterfact_scores": of_tables(["counterfact_nse.csv"], _counterfact),
-    "search_speed": of_tables(["bench/value_search.csv"], plots.search_speed),
-    "round_seconds": of_tables(["bench/rounds_flat.csv"], plots.round_seconds),
+    "search_speed": of_tables(["bench/value_search.csv"], search_speed),
+    "round_seconds": of_tables(["bench/rounds_flat.csv"], round_seconds),
     **{name: of_paper(name) for name in FIGURES if name not in PANELS},
     "recipes_long": of_paper("recipes", "paper/long_search"),
     "comparison_score": of_comparison("score"),

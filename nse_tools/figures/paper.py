@@ -16,6 +16,7 @@ from nse_tools.errors import SettingError, nearest
 from nse_tools.figures.tables import (
     NEIGHBORS,
     Parts,
+    answers_table,
     disturbed_table,
     edits_of,
     ends_by_part,
@@ -34,7 +35,6 @@ from nse_tools.figures.tables import (
     sizes_table,
     taken,
     times_table,
-    told_table,
     variants_table,
 )
 
@@ -158,11 +158,11 @@ FIGURES: dict[str, PaperFigure] = {
     figure.name: figure
     for figure in (
         PaperFigure(
-            "told",
+            "answers",
             "sequence",
             "Figure 1: what NSE and MEMIT answer to early edits as later ones come",
-            told_table,
-            lambda parts: plots.told_stream(told_table(parts), edits_of(parts["sequence"])),
+            answers_table,
+            lambda parts: plots.stream_answers(answers_table(parts), edits_of(parts["sequence"])),
         ),
         PaperFigure("anatomy", "anatomy", "Figure 2: one real round, step by step", lambda parts: one_round(parts, "residuals"), _anatomy),
         PaperFigure(

@@ -15,8 +15,8 @@ Parts = Mapping[str, Comparison]
 """The comparisons of a run, by name."""
 RECIPE = "recipe"
 """The name, in the runs, of NSE with what the search for a better recipe found: the preset ``<preset>-recipe``, where there is one."""
-TOLD = ("nse", "memit")
-"""The methods whose answers are told, as in the paper's first figure."""
+ANSWERING = ("nse", "memit")
+"""The methods whose answers are shown, as in the paper's first figure."""
 _OF_QUESTIONS = {
     "score": "score_token_accuracy",
     "efficacy": "efficacy_token_accuracy",
@@ -70,7 +70,7 @@ def _quoting(parts: Parts, table: str) -> pd.DataFrame:
     Raises
     ------
     SettingError
-        If the run was told to keep no such tables.
+        If the run keeps no such tables.
     """
     found = parts["sequence"].also.get(table)
     if found is None:
@@ -82,10 +82,10 @@ def _first_seed(table: pd.DataFrame) -> pd.DataFrame:
     return table[table.seed == table.seed.min()]
 
 
-def told_table(parts: Parts) -> pd.DataFrame:
-    """Return what :data:`TOLD` answered to the first facts, first seed."""
+def answers_table(parts: Parts) -> pd.DataFrame:
+    """Return what :data:`ANSWERING` answered to the first facts, first seed."""
     table = _first_seed(_quoting(parts, "answers"))
-    return _of_methods(table, TOLD, "told")
+    return _of_methods(table, ANSWERING, "answers")
 
 
 def moved_table(parts: Parts) -> pd.DataFrame:

@@ -79,7 +79,7 @@ class NeuronUsage:
 
     def plot(self, *, title: str | None = None) -> go.Figure:
         """Draw rewriting against activity (:func:`nse_tools.plots.neuron_usage`)."""
-        from nse_tools.plots.neurons import neuron_usage
+        from nse_tools.plots.neuron_reports import neuron_usage
 
         return neuron_usage(self, title)
 
@@ -188,7 +188,7 @@ class NeuronMap:
 
     def plot(self, *, title: str | None = None) -> go.Figure:
         """Draw sets × neurons (:func:`nse_tools.plots.neuron_map`)."""
-        from nse_tools.plots.neurons import neuron_map
+        from nse_tools.plots.neuron_reports import neuron_map
 
         return neuron_map(self, title)
 
@@ -293,7 +293,7 @@ class NeuronCard:
 
     def plot(self, *, title: str | None = None, facts: int = 15) -> go.Figure:
         """Draw the card (:func:`nse_tools.plots.neuron_card`)."""
-        from nse_tools.plots.neurons import neuron_card
+        from nse_tools.plots.neuron_reports import neuron_card
 
         return neuron_card(self, title, facts)
 

@@ -101,7 +101,7 @@ class UpdateSpectra:
 
     def plot(self, *, title: str | None = None) -> go.Figure:
         """Draw norms and growth (:func:`nse_tools.plots.update_norms`)."""
-        from nse_tools.plots.updates import update_norms
+        from nse_tools.plots.update_spectra import update_norms
 
         return update_norms(self, title)
 

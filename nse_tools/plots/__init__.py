@@ -1,24 +1,20 @@
-"""Results as plotly figures: pure functions, never shown as a side effect."""
+"""Draw results as plotly figures: functions that return a figure and never show it.
 
-from nse_tools.plots.anatomy import round_anatomy
+Every function takes ``title``; without one, the title is the finding.
+"""
+
 from nse_tools.plots.calibration import calibration
-from nse_tools.plots.comparison import comparison_curve
-from nse_tools.plots.disturbance import disturbance
-from nse_tools.plots.exporting import export, export_all
+from nse_tools.plots.comparison import against_size, comparison_curve, dots, long_stream, measures_grid, sensitivity, step_times
+from nse_tools.plots.exporting import COLUMN, at_width, export, export_all
 from nse_tools.plots.forgetting import forgetting_cohorts, forgetting_curve, forgetting_matrix, retention
 from nse_tools.plots.forgotten_facts import forgotten_facts
-from nse_tools.plots.general import ability_curve, shift_planes
-from nse_tools.plots.grids import against_size, dots, long_stream, sensitivity, step_times
-from nse_tools.plots.measures import measures_grid
-from nse_tools.plots.neurons import neuron_card, neuron_map, neuron_overlap, neuron_scores, neuron_usage
-from nse_tools.plots.performance import round_seconds, search_speed
+from nse_tools.plots.neuron_reports import neuron_card, neuron_map, neuron_overlap, neuron_scores, neuron_usage
+from nse_tools.plots.paper import ability_curve, disturbance, round_anatomy, shift_planes, stream_answers
 from nse_tools.plots.probing import hidden_shift, logit_lens, next_tokens, prompt_rounds
 from nse_tools.plots.residuals import layer_contributions, residual_map, residuals, skipped_facts
 from nse_tools.plots.scores import scores
-from nse_tools.plots.sizing import COLUMN, at_width
-from nse_tools.plots.streams_told import told_stream
 from nse_tools.plots.theme import COLORS, DARK, TEMPLATE, dark
-from nse_tools.plots.updates import update_directions, update_norms, update_spectrum
+from nse_tools.plots.update_spectra import update_directions, update_norms, update_spectrum
 from nse_tools.plots.values import value_parts, value_search
 
 __all__ = [
@@ -39,11 +35,11 @@ __all__ = [
     "forgetting_cohorts",
     "forgetting_curve",
     "forgetting_matrix",
+    "forgotten_facts",
     "hidden_shift",
     "layer_contributions",
     "logit_lens",
     "long_stream",
-    "forgotten_facts",
     "measures_grid",
     "neuron_card",
     "neuron_map",
@@ -56,14 +52,12 @@ __all__ = [
     "residuals",
     "retention",
     "round_anatomy",
-    "round_seconds",
     "scores",
-    "search_speed",
     "sensitivity",
     "shift_planes",
     "skipped_facts",
     "step_times",
-    "told_stream",
+    "stream_answers",
     "update_directions",
     "update_norms",
     "update_spectrum",

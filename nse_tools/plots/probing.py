@@ -1,4 +1,4 @@
-"""What the model says: next tokens before and after, layer by layer, round by round, and how unrelated states moved."""
+"""Draw what the model says: next tokens before and after, layer by layer, round by round, and how unrelated states moved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from nse_tools.errors import SettingError
-from nse_tools.plots.theme import COLORS, GUIDE, SEQUENTIAL, figure, plain, style, token
+from nse_tools.plots.theme import (
+    ASIDE,
+    COLORS,
+    SEQUENTIAL,
+    WITHIN,
+    add_bars,
+    add_cells,
+    add_links,
+    add_scatter,
+    every_round,
+    figure,
+    plain,
+    style,
+    token,
+)
 
 if TYPE_CHECKING:
     from nse_tools.metrics.drift import HiddenShift
@@ -25,8 +39,6 @@ def next_tokens(probe: PromptProbe, before: int | None = None, after: int | None
         What :func:`nse_tools.probe_prompt` returned.
     before, after : int, optional
         As of which rounds; the first and the last probed by default.
-    title : str, optional
-        Instead of the finding.
 
     Raises
     ------
@@ -35,25 +47,18 @@ def next_tokens(probe: PromptProbe, before: int | None = None, after: int | None
     """
     pair = (probe.rounds[0] if before is None else before, probe.rounds[-1] if after is None else after)
     rows = [probe.row(t) for t in pair]
-    found = f"“{probe.prompt}”: {_said(probe, pair[0])} → {_said(probe, pair[1])}"
+    finding = f"“{probe.prompt}”: {_said(probe, pair[0])} → {_said(probe, pair[1])}"
     order = probe.probabilities[rows].max(0).values.argsort(descending=True).tolist()
-    fig = figure(title or found, "probability of the next token", "", height=150 + 32 * len(order), tall=True)
-    names = [token(probe.tokens[i]) for i in order]
+    places, names = list(range(len(order))), [token(probe.tokens[i]) for i in order]
+    fig = figure(title or finding, "probability of the next token", "", height=150 + 32 * len(order), tall=True)
     for t, row, color in zip(pair, rows, (COLORS[5], COLORS[1]), strict=True):
-        fig.add_trace(
-            go.Bar(
-                y=list(range(len(order))),
-                x=probe.probabilities[row, order].tolist(),
-                orientation="h",
-                name=_round(t),
-                marker_color=color,
-                customdata=[[name, rank] for name, rank in zip(names, probe.ranks[row, order].tolist(), strict=True)],
-                hovertemplate=f"%{{customdata[0]}}, {_round(t)}: %{{x:.5f}}, rank %{{customdata[1]}}<extra></extra>",
-            )
-        )
+        data = [[name, rank] for name, rank in zip(names, probe.ranks[row, order].tolist(), strict=True)]
+        look = {"orientation": "h", "name": _round(t), "marker_color": color, "customdata": data}
+        hover = f"%{{customdata[0]}}, {_round(t)}: %{{x:.5f}}, rank %{{customdata[1]}}"
+        add_bars(fig, probe.probabilities[row, order].tolist(), places, hover, **look)
     fig.update_xaxes(range=[0, 1.02])
-    fig.update_yaxes(tickvals=list(range(len(order))), ticktext=names, autorange="reversed", showgrid=False)
-    return fig.update_layout(barmode="group", legend={"x": 0.99, "xanchor": "right", "y": 0.05, "yanchor": "bottom"})
+    fig.update_yaxes(tickvals=places, ticktext=names, autorange="reversed", showgrid=False)
+    return fig.update_layout(barmode="group", legend=WITHIN)
 
 
 def prompt_rounds(probe: PromptProbe, title: str | None = None) -> go.Figure:
@@ -63,30 +68,20 @@ def prompt_rounds(probe: PromptProbe, title: str | None = None) -> go.Figure:
     ----------
     probe : PromptProbe
         What :func:`nse_tools.probe_prompt` returned.
-    title : str, optional
-        Instead of the finding.
     """
     says = [_said(probe, t) for t in probe.rounds]
     changes = [says[0], *(b for a, b in zip(says, says[1:], strict=False) if a != b)]
     fig = figure(title or f"“{probe.prompt}”: {' → '.join(changes)}", "after round (0: unedited)", "probability of the next token")
     for number, text in enumerate(probe.tokens):
-        watched = number < len(probe.watched)
-        look = style(number)
-        fig.add_trace(
-            go.Scatter(
-                x=list(probe.rounds),
-                y=probe.probabilities[:, number].tolist(),
-                mode="lines+markers",
-                name=token(text),
-                line=look["line"] | {"width": 3 if watched else 1.2},
-                marker=look["marker"] | {"size": 8 if watched else 5},
-                customdata=probe.ranks[:, number].tolist(),
-                hovertemplate=f"{token(text)}, round %{{x}}: %{{y:.5f}}, rank %{{customdata}}<extra></extra>",
-            )
-        )
+        watched, name = number < len(probe.watched), token(text)
+        look = style(number, 8 if watched else 5)
+        look["line"]["width"] = 3 if watched else 1.2
+        hover, ranks = f"{name}, round %{{x}}: %{{y:.5f}}, rank %{{customdata}}", probe.ranks[:, number].tolist()
+        y = probe.probabilities[:, number].tolist()
+        add_scatter(fig, probe.rounds, y, hover, mode="lines+markers", name=name, customdata=ranks, **look)
     fig.update_yaxes(range=[0, 1.02])
-    fig.update_xaxes(dtick=1 if len(probe.rounds) <= 20 else None)
-    return fig.update_layout(legend={"x": 1.01, "xanchor": "left", "y": 1})
+    every_round(fig, len(probe.rounds))
+    return fig.update_layout(legend=ASIDE)
 
 
 def logit_lens(
@@ -105,8 +100,6 @@ def logit_lens(
         What :func:`nse_tools.logit_lens` returned.
     show : {"top", "target"}
         Whose probability is the colour; the written tokens stay the likeliest.
-    title : str, optional
-        Instead of the finding.
     layers, positions : sequence of int, optional
         Which of them to draw, all by default; negative positions count from the end. A paper's column holds about
         twelve layers and five positions with their tokens.
@@ -124,29 +117,20 @@ def logit_lens(
     rows = _places(layers, n_layers, "layers")
     columns = _places(positions, n_positions, "positions")
     z = lens.probabilities[..., 0] if show == "top" or lens.target_probabilities is None else lens.target_probabilities
-    fig = figure(
-        title or _lens_finding(lens),
-        "token read",
-        "layer",
-        height=min(1200, 150 + 19 * len(rows)),
-        width=max(480, min(1400, 170 + 88 * len(columns))),
-        tall=True,
-    )
-    fig.add_trace(
-        go.Heatmap(
-            z=z[rows][:, columns].tolist(),
-            zmin=0,
-            zmax=1,
-            colorscale=SEQUENTIAL,
-            colorbar={"title": "p" if show == "top" else f"p({token(lens.target or '')})"},
-            text=[[token(lens.names[int(i)])[:24] for i in row] for row in lens.top[rows][:, columns, 0]],
-            texttemplate="%{text}",
-            textfont={"size": 10},
-            customdata=[[_cell(lens, layer, at) for at in columns] for layer in rows],
-            hovertemplate="%{customdata}<extra></extra>",
-            xgap=1,
-            ygap=1,
-        )
+    size = {"height": min(1200, 150 + 19 * len(rows)), "width": max(480, min(1400, 170 + 88 * len(columns)))}
+    fig = figure(title or _lens_finding(lens), "token read", "layer", tall=True, **size)
+    add_cells(
+        fig,
+        z[rows][:, columns].tolist(),
+        "%{customdata}",
+        zmin=0,
+        zmax=1,
+        colorscale=SEQUENTIAL,
+        colorbar={"title": "p" if show == "top" else f"p({token(lens.target or '')})"},
+        text=[[token(lens.names[int(i)])[:24] for i in row] for row in lens.top[rows][:, columns, 0]],
+        texttemplate="%{text}",
+        textfont={"size": 10},
+        customdata=[[_cell(lens, layer, at) for at in columns] for layer in rows],
     )
     read = [token(lens.tokens[at]) for at in columns]
     fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=read, showgrid=False, tickangle=-40)
@@ -161,45 +145,33 @@ def hidden_shift(shift: HiddenShift, title: str | None = None) -> go.Figure:
     ----------
     shift : HiddenShift
         What :func:`nse_tools.hidden_shift` returned.
-    title : str, optional
-        Instead of the finding.
     """
     table = shift.to_frame()
     last = table[table["round"] == shift.rounds[-1]]
     moved = f"moved by {last.relative.mean():.1%} of ‖h‖ on average, {last.relative.max():.1%} at most"
-    found = f"{len(shift.prompts)} unrelated prompts at layer {shift.layer}: {moved}"
+    finding = f"{len(shift.prompts)} unrelated prompts at layer {shift.layer}: {moved}"
     one, two = shift.explained
-    fig = figure(title or found, f"first principal component ({one:.1%} of the variance)", f"second ({two:.1%})", width=720, height=560)
-    paths = [(x, y) for place in range(len(shift.prompts)) for x, y in [*shift.coordinates[:, place].tolist(), (None, None)]]
-    line = {"color": GUIDE, "width": 1}
-    fig.add_trace(go.Scatter(x=[x for x, _ in paths], y=[y for _, y in paths], mode="lines", line=line, hoverinfo="skip", showlegend=False))
+    fig = figure(title or finding, f"first principal component ({one:.1%} of the variance)", f"second ({two:.1%})", height=560)
+    add_links(fig, [shift.coordinates[:, place].tolist() for place in range(len(shift.prompts))])
     for number, t in enumerate(shift.rounds):
-        own = table[table["round"] == t]
-        fig.add_trace(
-            go.Scatter(
-                x=own.pc1.tolist(),
-                y=own.pc2.tolist(),
-                mode="markers",
-                name=_round(t),
-                marker={
-                    "color": COLORS[number % len(COLORS)],
-                    "size": 7 if number else 9,
-                    "symbol": "circle" if number else "circle-open",
-                    "line": {"width": 0 if number else 1.5},
-                },
-                customdata=[[plain(p), m, r] for p, m, r in zip(own.prompt, own.moved, own.relative, strict=True)],
-                hovertemplate="%{customdata[0]}<br>"
-                f"{_round(t)}: moved %{{customdata[1]:.4g}}, %{{customdata[2]:.3%}} of ‖h‖<extra></extra>",
-            )
+        rows = table[table["round"] == t]
+        shape = (
+            {"size": 7, "symbol": "circle", "line": {"width": 0}}
+            if number
+            else {"size": 9, "symbol": "circle-open", "line": {"width": 1.5}}
         )
+        data = [[plain(p), m, r] for p, m, r in zip(rows.prompt, rows.moved, rows.relative, strict=True)]
+        look = {"mode": "markers", "name": _round(t), "marker": shape | {"color": COLORS[number % len(COLORS)]}, "customdata": data}
+        hover = f"%{{customdata[0]}}<br>{_round(t)}: moved %{{customdata[1]:.4g}}, %{{customdata[2]:.3%}} of ‖h‖"
+        add_scatter(fig, rows.pc1, rows.pc2, hover, **look)
     fig.update_yaxes(scaleanchor="x", scaleratio=1)
-    return fig.update_layout(legend={"x": 1.01, "xanchor": "left", "y": 1})
+    return fig.update_layout(legend=ASIDE)
 
 
-def _places(chosen: Sequence[int] | None, size: int, name: str) -> list[int]:
-    places = list(range(size) if chosen is None else chosen)
+def _places(given: Sequence[int] | None, size: int, name: str) -> list[int]:
+    places = list(range(size) if given is None else given)
     if not places or not all(-size <= place < size for place in places):
-        raise SettingError(f"{name}={chosen!r}: there are {size}, numbered from 0.")
+        raise SettingError(f"{name}={given!r}: there are {size}, numbered from 0.")
     return [place % size for place in places]
 
 

@@ -1,4 +1,4 @@
-"""How far the facts' states are from their target values, update by update, and what each layer contributed."""
+"""Draw how far the facts' states are from their target values, update by update, and what each layer contributed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from nse_tools.methods.locate_then_edit import LocateThenEdit
-from nse_tools.plots.theme import COLORS, EACH, GUIDE, MEAN, SEQUENTIAL, UNDER, fact_texts, figure, plain, short
+from nse_tools.plots.theme import (
+    COLORS,
+    EACH,
+    GUIDE,
+    MEAN,
+    SEQUENTIAL,
+    UNDER,
+    add_bars,
+    add_cells,
+    add_scatter,
+    fact_texts,
+    figure,
+    plain,
+    short,
+)
 
 if TYPE_CHECKING:
     from nse_tools.editing.edit_round import EditRound
@@ -21,21 +35,19 @@ _MARKS = {"below alpha": "·", "at or above upper bound": "✕", "not in this pa
 
 
 def residuals(source: EditRound | EditSession | pd.DataFrame, title: str | None = None) -> go.Figure:
-    """Draw ‖z − h^L‖ before every update and at the end: a thin line a fact, a thick one for the mean, α and upper bound dashed.
+    """Draw ‖z − h^L‖ before every update and at the end: one thin line per fact, a thick one for the mean, α and upper bound dashed.
 
     Parameters
     ----------
     source : EditRound, EditSession or DataFrame
-        A round, a session (its rounds one behind the other), or what their ``residuals()`` returned (then without bounds, and
+        A round, a session (its rounds one after another), or what their ``residuals()`` returned (then without bounds, and
         hovers show the facts' ids).
-    title : str, optional
-        Instead of the finding.
     """
     table, texts = _table(source), fact_texts(source)
     several = table["round"].nunique() > 1
     first, last = table[table.step == 0].residual.mean(), table[table.status == _END].residual.mean()
-    found = f"Mean distance to the target value: {first:.1f} → {last:.2f}"
-    fig = figure(title or found, "before updating layer", "‖z − h‖ at the last edited layer", above=20, height=460)
+    finding = f"Mean distance to the target value: {first:.1f} → {last:.2f}"
+    fig = figure(title or finding, "before updating layer", "‖z − h‖ at the last edited layer", above=20, height=460)
     labels: list[str] = []
     ends: list[int] = []
     for number, (at, group) in enumerate(table.groupby("round", sort=True)):
@@ -62,8 +74,6 @@ def residual_map(source: EditRound | EditSession | pd.DataFrame, title: str | No
     ----------
     source : EditRound, EditSession or DataFrame
         As for :func:`residuals`.
-    title : str, optional
-        Instead of the finding.
     """
     table, texts = _table(source), fact_texts(source)
     rows = table.drop_duplicates(["round", "fact"])[["round", "fact"]].itertuples(index=False)
@@ -76,44 +86,33 @@ def residual_map(source: EditRound | EditSession | pd.DataFrame, title: str | No
         z[place, at], statuses[place, at] = row.residual, row.status
     missed = skipped_facts(table)
     first, last = table[table.step == 0].residual, table[table.status == _END].residual
-    found = f"Distance to the target value: {first.min():.3g} to {first.max():.3g} before, {last.min():.2g} to {last.max():.3g} after"
+    finding = f"Distance to the target value: {first.min():.3g} to {first.max():.3g} before, {last.min():.2g} to {last.max():.3g} after"
     if len(missed):
-        found = f"Distance to the target value; {len(missed)} of {len(order)} facts were never edited"
-    fig = figure(
-        title or found,
-        "before updating layer",
-        "",
-        height=int(np.clip(150 + 24 * len(order), 260, 1100)),
-        width=820,
-        tall=True,
-    )
-    several = table["round"].nunique() > 1
+        finding = f"Distance to the target value; {len(missed)} of {len(order)} facts were never edited"
+    height = int(np.clip(150 + 24 * len(order), 260, 1100))
+    fig = figure(title or finding, "before updating layer", "", height=height, width=820, tall=True)
     scale = np.log10(np.maximum(z, 1e-12))
-    fig.add_trace(
-        go.Heatmap(
-            z=scale.tolist(),
-            x=list(range(len(labels))),
-            y=list(range(len(order))),
-            colorscale=SEQUENTIAL,
-            colorbar=_decades(scale),
-            text=[[_MARKS.get(status, "") for status in row] for row in statuses],
-            texttemplate="%{text}",
-            textfont={"size": 13},
-            customdata=[
-                [[plain(texts.get(f, f)), value, status, r] for value, status in zip(z[i], statuses[i], strict=True)]
-                for (r, f), i in order.items()
-            ],
-            hovertemplate="%{customdata[0]}<br>round %{customdata[3]}, %{x}: ‖z − h‖ %{customdata[1]:.4g} "
-            "(%{customdata[2]})<extra></extra>",
-            xgap=1,
-            ygap=1,
-        )
+    add_cells(
+        fig,
+        scale.tolist(),
+        "%{customdata[0]}<br>round %{customdata[3]}, %{x}: ‖z − h‖ %{customdata[1]:.4g} (%{customdata[2]})",
+        x=list(range(len(labels))),
+        y=list(range(len(order))),
+        colorscale=SEQUENTIAL,
+        colorbar=_decades(scale),
+        text=[[_MARKS.get(status, "") for status in row] for row in statuses],
+        texttemplate="%{text}",
+        textfont={"size": 13},
+        customdata=[
+            [[plain(texts.get(f, f)), value, status, r] for value, status in zip(z[i], statuses[i], strict=True)]
+            for (r, f), i in order.items()
+        ],
     )
     fig.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, showgrid=False)
+    several = table["round"].nunique() > 1
     names = [short(f"{r}: {f}" if several else f, 30) for r, f in order]
     every = -(-len(order) // 45)
-    fig.update_yaxes(tickvals=list(range(0, len(order), every)), ticktext=names[::every], autorange="reversed", showgrid=False)
-    return fig
+    return fig.update_yaxes(tickvals=list(range(0, len(order), every)), ticktext=names[::every], autorange="reversed", showgrid=False)
 
 
 def layer_contributions(source: EditRound | EditSession | pd.DataFrame, title: str | None = None) -> go.Figure:
@@ -125,33 +124,19 @@ def layer_contributions(source: EditRound | EditSession | pd.DataFrame, title: s
     ----------
     source : EditRound, EditSession or DataFrame
         As for :func:`residuals`.
-    title : str, optional
-        Instead of the finding.
     """
     table = contributions(source)
     layers = sorted(table.layer.unique())
     means = table.groupby(["pass", "layer"]).closed.describe(percentiles=[0.1, 0.9]).reset_index()
     means = means.reindex(columns=["pass", "layer", "mean", "10%", "90%"])  # which an empty table does not have
-    found = _closing(_table(source), means) if len(means) else "No pass was made: nothing was closed"
-    fig = figure(title or found, "layer updated", "closed, percent of ‖z − h‖ at the start")
+    finding = _closing(_table(source), means) if len(means) else "No pass was made: nothing was closed"
+    fig = figure(title or finding, "layer updated", "closed, percent of ‖z − h‖ at the start")
     for number, (_, own) in enumerate(means.groupby("pass")):
         rows, name = own.set_index("layer").reindex(layers), f"pass {number + 1}"
-        fig.add_trace(
-            go.Bar(
-                x=[str(layer) for layer in layers],
-                y=rows["mean"].tolist(),
-                name=name,
-                marker={"color": COLORS[number % len(COLORS)]},
-                error_y={
-                    "array": (rows["90%"] - rows["mean"]).clip(lower=0).tolist(),
-                    "arrayminus": (rows["mean"] - rows["10%"]).clip(lower=0).tolist(),
-                    "color": GUIDE,
-                    "thickness": 1.2,
-                    "width": 3,
-                },
-                hovertemplate=f"{name}, layer %{{x}}: %{{y:.2f}} %<extra></extra>",
-            )
-        )
+        above, below = ((rows["90%"] - rows["mean"]).clip(lower=0), (rows["mean"] - rows["10%"]).clip(lower=0))
+        whiskers = {"array": above.tolist(), "arrayminus": below.tolist(), "color": GUIDE, "thickness": 1.2, "width": 3}
+        look = {"name": name, "marker": {"color": COLORS[number % len(COLORS)]}, "error_y": whiskers}
+        add_bars(fig, map(str, layers), rows["mean"], f"{name}, layer %{{x}}: %{{y:.2f}} %", **look)
     fig.add_hline(y=0, line={"color": GUIDE, "width": 1})
     fig.update_layout(barmode="group", legend={"x": 0.02, "xanchor": "left", "y": 0.98}, showlegend=means["pass"].nunique() > 1)
     fig.update_xaxes(type="category")
@@ -239,28 +224,8 @@ def _add_round(
         x += [*(ordered.step + offset), None]
         y += [*ordered.residual, None]
         text += [*(f"{plain(texts.get(str(fact), fact))} ({status})" for status in ordered.status), None]
-    fig.add_trace(
-        go.Scatter(
-            x=x,
-            y=y,
-            text=text,
-            mode="lines",
-            line={"color": EACH, "width": 1},
-            name="one fact",
-            showlegend=show_legend,
-            hovertemplate="%{text}: %{y:.4g}<extra></extra>",
-        )
-    )
+    look = {"mode": "lines", "line": {"color": EACH, "width": 1}, "name": "one fact", "showlegend": show_legend}
+    add_scatter(fig, x, y, "%{text}: %{y:.4g}", text=text, **look)
     mean = group.groupby("step").residual.mean()
-    fig.add_trace(
-        go.Scatter(
-            x=[offset + s for s in mean.index],
-            y=mean.tolist(),
-            mode="lines+markers",
-            line={"color": MEAN, "width": 3},
-            name="mean of the round's facts",
-            showlegend=show_legend,
-            customdata=labels,
-            hovertemplate=f"{prefix}before layer %{{customdata}}: %{{y:.4g}}<extra></extra>",
-        )
-    )
+    look = {"mode": "lines+markers", "line": {"color": MEAN, "width": 3}, "name": "mean of the round's facts", "showlegend": show_legend}
+    add_scatter(fig, mean.index + offset, mean, f"{prefix}before layer %{{customdata}}: %{{y:.4g}}", customdata=labels, **look)

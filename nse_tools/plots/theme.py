@@ -1,4 +1,4 @@
-"""One look for all figures: plotly templates for paper and for dark notebooks, legible and colour-blind safe."""
+"""Give all figures one look: templates for paper and for dark notebooks, colours and marks, and the parts that figures are drawn with."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ UNDER = {
     "yanchor": "bottom",
 }
 """A legend below the plot, in rows."""
+ASIDE = {"x": 1.01, "xanchor": "left", "y": 1}
+"""A legend to the right of the plot."""
+WITHIN = {"x": 0.99, "xanchor": "right", "y": 0.05, "yanchor": "bottom"}
+"""A legend in the lower right corner of the plot."""
+Panel = tuple[int, int] | None
+"""Row and column of a panel, from 1; None in a figure that has only one."""
 TITLE = 15
 """Size of a title's font, pixels."""
 _NAMES = {
@@ -85,10 +91,10 @@ DARK = _template("#111111", "#dddddd", "rgba(160,160,160,0.22)")
 
 
 def figure(title: str, x: str, y: str, *, above: int = 0, tall: bool = False, **layout: Any) -> go.Figure:
-    """Return an empty figure in the house's look; title and axis titles are taken as plain text.
+    """Return an empty figure; title and axis titles are plain text.
 
-    ``above`` is room, in pixels, for what is written between title and plot; a ``tall`` figure has a row for each of many labels,
-    and keeps its height where it gets narrower.
+    ``above`` is room, in pixels, between title and plot; a ``tall`` figure has a row per label, and keeps its height where it gets
+    narrower.
     """
     fig = go.Figure()
     fig.update_layout({"template": TEMPLATE, "width": 720, "height": 430, "meta": {"panels": 1, "above": above, "tall": tall}} | layout)
@@ -97,9 +103,17 @@ def figure(title: str, x: str, y: str, *, above: int = 0, tall: bool = False, **
     return titled(fig, title)
 
 
-def panels(title: str, names: Sequence[str], *, width: int = 1100, height: int = 430, gap: float = 0.1, tall: bool = False) -> go.Figure:
-    """Return an empty figure of several panels side by side, each with its name above; narrow layouts stack them."""
-    fig = make_subplots(cols=len(names), horizontal_spacing=gap, subplot_titles=[plain(n) for n in names])
+def panels(
+    title: str, names: Sequence[str], *, rows: int = 1, width: int = 1100, height: int = 430, gap: float = 0.1, tall: bool = False
+) -> go.Figure:
+    """Return an empty figure of several panels, each with its name above; narrow layouts stack those of a single row."""
+    fig = make_subplots(
+        rows=rows,
+        cols=-(-len(names) // rows),
+        horizontal_spacing=gap,
+        vertical_spacing=0.16 if rows > 1 else None,
+        subplot_titles=[plain(n) for n in names],
+    )
     fig.update_layout(template=TEMPLATE, width=width, height=height, meta={"panels": len(names), "above": 22, "tall": tall})
     fig.update_annotations(font_size=13)
     return titled(fig, title)
@@ -132,32 +146,86 @@ def faint(color: str, opacity: float = 0.15) -> str:
     return f"rgba({r},{g},{b},{opacity:g})"
 
 
-def style(number: int) -> dict[str, dict[str, str]]:
+def style(number: int, size: float = 8) -> dict[str, dict[str, Any]]:
     """Return line and marker of the ``number``-th series: seven colours, then other dashes; markers differ before colours repeat."""
     line = {"color": COLORS[number % len(COLORS)], "dash": DASHES[number // len(COLORS) % len(DASHES)]}
-    return {"line": line, "marker": {"symbol": MARKERS[number % len(MARKERS)]}}
+    return {"line": line, "marker": {"symbol": MARKERS[number % len(MARKERS)], "size": size}}
+
+
+def add_scatter(fig: go.Figure, x: Iterable[Any], y: Iterable[Any], hover: str, at: Panel = None, /, **properties: Any) -> None:
+    """Add lines or marks; ``properties`` are those of plotly's Scatter, and ``hover`` names what it shows (escaped)."""
+    row, col = at or (None, None)
+    fig.add_trace(go.Scatter(x=list(x), y=list(y), hovertemplate=_hover(hover), **properties), row=row, col=col)
+
+
+def add_bars(fig: go.Figure, x: Iterable[Any], y: Iterable[Any], hover: str, at: Panel = None, /, **properties: Any) -> None:
+    """Add bars; as :func:`add_scatter`, with the properties of plotly's Bar."""
+    row, col = at or (None, None)
+    fig.add_trace(go.Bar(x=list(x), y=list(y), hovertemplate=_hover(hover), **properties), row=row, col=col)
+
+
+def add_cells(fig: go.Figure, z: Sequence[Sequence[Any]], hover: str, at: Panel = None, /, **properties: Any) -> None:
+    """Add a heat map with gaps between its cells; as :func:`add_scatter`, with the properties of plotly's Heatmap."""
+    row, col = at or (None, None)
+    fig.add_trace(go.Heatmap(z=z, hovertemplate=_hover(hover), **{"xgap": 1, "ygap": 1} | properties), row=row, col=col)
 
 
 def add_line(
-    fig: go.Figure, x: Iterable[Any], y: Iterable[Any], name: str, number: int, *, row: int = 1, col: int | None = None, hover: str
+    fig: go.Figure, x: Iterable[Any], y: Iterable[Any], name: str, number: int, hover: str, at: Panel = None, /, **properties: Any
 ) -> None:
-    """Add the ``number``-th of several named lines with marks; in panels, the line of a name has one entry in the legend."""
-    look, shown = style(number), plain(name)
+    """Add the ``number``-th of several named lines with marks of a ``size``; in panels, lines of a name share an entry of the legend."""
+    shown, look = plain(name), style(number, properties.pop("size", 8))
+    defaults = {"name": shown, "mode": "lines+markers", **look} | ({"legendgroup": shown, "showlegend": at == (1, 1)} if at else {})
+    add_scatter(fig, x, y, f"{hover}<extra>{shown}</extra>", at, **defaults | properties)
+
+
+def add_band(fig: go.Figure, x: Iterable[Any], low: Iterable[Any], high: Iterable[Any], color: str, /, **properties: Any) -> None:
+    """Add a faint band between two curves."""
+    there = list(x)
     fig.add_trace(
         go.Scatter(
-            x=list(x),
-            y=list(y),
-            mode="lines+markers",
-            name=shown,
-            legendgroup=shown,
-            showlegend=row == 1 and col in (None, 1),
-            line=look["line"],
-            marker=look["marker"] | {"size": 8},
-            hovertemplate=f"{hover}<extra>{shown}</extra>",
-        ),
-        row=None if col is None else row,
-        col=col,
+            x=[*there, *there[::-1]],
+            y=[*high, *list(low)[::-1]],
+            fill="toself",
+            fillcolor=faint(color),
+            line={"width": 0},
+            hoverinfo="skip",
+            **properties,
+        )
     )
+
+
+def add_links(fig: go.Figure, paths: Iterable[Sequence[tuple[Any, Any]]], at: Panel = None) -> None:
+    """Add thin grey lines, each through the points of a path."""
+    row, col = at or (None, None)
+    points = [point for path in paths for point in [*path, (None, None)]]
+    line = {"color": GUIDE, "width": 1}
+    trace = go.Scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="lines", line=line, hoverinfo="skip", showlegend=False)
+    fig.add_trace(trace, row=row, col=col)
+
+
+def _hover(text: str) -> str:
+    return text if "<extra>" in text else f"{text}<extra></extra>"
+
+
+def axes(fig: go.Figure, at: Panel = None, x: str | None = None, y: str | None = None) -> None:
+    """Name the axes of a panel."""
+    row, col = at or (None, None)
+    if x is not None:
+        fig.update_xaxes(title_text=x, row=row, col=col)
+    if y is not None:
+        fig.update_yaxes(title_text=y, row=row, col=col)
+
+
+def every_round(fig: go.Figure, n_rounds: int, at: Panel = None, most: int = 20) -> None:
+    """Give every round a tick where there are few."""
+    row, col = at or (None, None)
+    fig.update_xaxes(dtick=1 if n_rounds <= most else None, row=row, col=col)
+
+
+def capital(text: str) -> str:
+    """Return a text with a capital first letter; the rest stays."""
+    return text[:1].upper() + text[1:]
 
 
 def fact_texts(source: object) -> dict[str, str]:

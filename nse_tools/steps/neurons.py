@@ -212,7 +212,7 @@ class NeuronSelection:
 
     def plot(self) -> go.Figure:
         """Draw the scores and where they are cut (:func:`nse_tools.plots.neuron_scores`)."""
-        from nse_tools.plots.neurons import neuron_scores
+        from nse_tools.plots.neuron_reports import neuron_scores
 
         return neuron_scores(self)
 

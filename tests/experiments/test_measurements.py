@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from experiments import measurements
-from helpers.paper import FACTS, SETTINGS
+from experiments.runs import make_run
+from helpers.paper import FACTS, LOCATING, SETTINGS, SIZES
 from nse_tools import methods, plots
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
-from nse_tools.figures.paper import load_run
 from nse_tools.metrics.generation import consistency, fluency, generate_texts, load_reference_texts
 from nse_tools.metrics.scores import score_facts
 from nse_tools.models.editable_model import EditableModel
@@ -28,7 +28,7 @@ def test_neighbors_are_told_apart_by_whether_their_subject_is_edited(small: Edit
         own = found[found.kind == "neighborhood"]
         return {prompt: (bool(s), bool(a)) for prompt, s, a in zip(own.prompt, own.success, own.accuracy, strict=True)}
 
-    session = EditSession(small, methods.nse(preset=None, **SETTINGS), progress=False, value_cache=False)
+    session = EditSession(small, methods.nse(preset=None, **LOCATING), progress=False, value_cache=False)
     for batch in FACTS.rounds(2):
         session.edit(batch)
     now, before = measured(3), measured(0)
@@ -47,7 +47,7 @@ def test_neighbors_are_told_apart_by_whether_their_subject_is_edited(small: Edit
 
 
 def test_states_of_neighbors_say_whether_their_subject_is_edited(small: EditableModel) -> None:
-    session = EditSession(small, methods.memit(preset=None, **SETTINGS), progress=False, value_cache=False)
+    session = EditSession(small, methods.memit(preset=None, **LOCATING), progress=False, value_cache=False)
     for batch in FACTS.rounds(4):
         session.edit(batch)
     assert measurements.shift(session, 0).empty
@@ -63,7 +63,7 @@ def test_states_of_neighbors_say_whether_their_subject_is_edited(small: Editable
 
 def test_what_is_written_is_measured_now_and_before(small: EditableModel) -> None:
     facts = FactList(replace(f, generation=(f"{f.subject} is", "Also")) if f.id != "b" else f for f in FACTS)
-    session = EditSession(small, methods.memit(preset=None, **SETTINGS), progress=False, value_cache=False)
+    session = EditSession(small, methods.memit(preset=None, **LOCATING), progress=False, value_cache=False)
     assert measurements.written(session, 0).empty
     session.edit(facts)
     references = load_reference_texts({"None": {fact.target_new: ["Danielle is in Rome and plays the piano."] for fact in facts}})
@@ -82,14 +82,14 @@ def test_what_is_written_is_measured_now_and_before(small: EditableModel) -> Non
 
 def test_subjects_of_another_relation_do_not_count(small: EditableModel) -> None:
     facts = [replace(f, relation="plays" if f.id == "d" else "other") for f in FACTS]
-    session = EditSession(small, methods.memit(preset=None, **SETTINGS), progress=False, value_cache=False)
+    session = EditSession(small, methods.memit(preset=None, **LOCATING), progress=False, value_cache=False)
     session.edit(FactList(facts))
     assert measurements.neighbors(session, 1).edited.tolist() == [False]
     session.rewind(to=0)
 
 
 def test_effects_equal_a_naive_walk_through_the_rounds(small: EditableModel) -> None:
-    method = methods.nse(preset=None, **SETTINGS | {"layers": (1, 2)}, neuron_threshold=0.7)
+    method = methods.nse(preset=None, **LOCATING | {"layers": (1, 2)}, neuron_threshold=0.7)
     session = EditSession(small, method, contexts=sample_contexts(small), progress=False, value_cache=False)
     weights = []
     for batch in FACTS.rounds(2):
@@ -113,8 +113,9 @@ def test_effects_equal_a_naive_walk_through_the_rounds(small: EditableModel) -> 
     session.rewind(to=0)
 
 
-def test_answers_are_the_models_own(small: EditableModel, stored: Path) -> None:
-    table = load_run("sequence", stored)["sequence"].also["answers"]
+def test_answers_are_the_models_own(small: EditableModel, tmp_path: Path) -> None:
+    options = {"size": SIZES["sequence"], "preset": None, "settings": SETTINGS, "only": "nse", "progress": False}
+    table = make_run("sequence", small, FACTS, tmp_path, **options)["sequence"].also["answers"]
     asked = table[(table.method == "nse") & (table.seed == 0)]
     assert asked["round"].unique().tolist() == [0, 1, 2, 3]
     row = asked[asked["round"] == 0].iloc[0]

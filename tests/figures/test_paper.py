@@ -1,4 +1,4 @@
-"""The paper's experiments on a small model: run, gone on with, stored, drawn without a model."""
+"""The paper's experiments on a small model: run, gone on with, stored, drawn without a model. Also tests figures/tables.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nse_tools.figures.paper import FIGURES, draw_figure, load_run
 from nse_tools.figures.tables import disturbed_table, long_table, main_table, reported, times_table
 from nse_tools.metrics.scores import harmonic_mean
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.plots.disturbance import areas_within_rounds, disturbance
+from nse_tools.plots.paper import areas_within_rounds, disturbance
 
 
 @pytest.mark.parametrize("name", list(FIGURES))
@@ -167,7 +167,7 @@ def test_a_figure_without_its_methods_says_so(small: EditableModel, tmp_path: Pa
     options = {"size": RunSize(4, 2, tests=1), "preset": None, "settings": SETTINGS, "progress": False}
     make_run("sequence", small, FACTS, tmp_path, only="memit_seq", **options)
     assert list(load_run("sequence", tmp_path)["sequence"].methods) == ["memit_seq"]
-    for name in ("told", "shift"):
+    for name in ("answers", "shift"):
         with pytest.raises(SettingError, match=f"{name}: it shows nse, memit.*has none of them"):
             draw_figure(name, tmp_path)
 
@@ -231,7 +231,7 @@ def test_questions_as_zsre_has_them_are_drawn_by_their_own_measures(small: Edita
     }
     for name, measure in stands_for.items():
         pd.testing.assert_frame_equal(draw_figure(name, tmp_path)[1], own.curve(measure))
-    for name in ("told", "main", "disturbance", "round_size", "recipes", "orders"):
+    for name in ("answers", "main", "disturbance", "round_size", "recipes", "orders"):
         figure, table = draw_figure(name, tmp_path)
         assert len(table), name
         if name == "main":
@@ -254,7 +254,7 @@ def test_without_texts_the_results_quote_no_fact(small: EditableModel, stored: P
     assert with_texts.also.keys() - made.also.keys() == {"answers", "shift", "written"}  # the last was not asked for
     own = with_texts.scores[with_texts.scores.method == "memit"].reset_index(drop=True)
     pd.testing.assert_frame_equal(own, made.scores, check_exact=False, rtol=0, atol=2e-4)
-    for name in ("told", "shift"):
+    for name in ("answers", "shift"):
         with pytest.raises(SettingError, match="which quotes facts: it was made with texts=False"):
             draw_figure(name, tmp_path)
     draw_figure("sequence_score", tmp_path)
@@ -277,8 +277,8 @@ def test_bad_requests_are_refused_in_one_line(small: EditableModel, stored: Path
         make_run("anatomy", small, FACTS, tmp_path, written=True, **options)
     assert not any(tmp_path.iterdir())
     for words, said in (
-        (["draw", "told", "--out", str(tmp_path)], "Run it first"),
-        (["draw", "tld"], "Did you mean 'told'"),
+        (["draw", "answers", "--out", str(tmp_path)], "Run it first"),
+        (["draw", "anwers"], "Did you mean 'answers'"),
         (["run", "x"], "no run"),
     ):
         done = CliRunner().invoke(app, ["figures", *words], env={"COLUMNS": "300"})

@@ -35,6 +35,8 @@ FACTS = FactList(
     ]
 )
 SETTINGS = {"layers": (1,), "v_num_grad_steps": 3, "mom2_update_weight": 0.1, "ft_num_steps": 2, "nullspace_unit": "relative"}
+LOCATING = {name: SETTINGS[name] for name in ("layers", "v_num_grad_steps", "mom2_update_weight")}
+"""Those of a method that locates, then edits."""
 SIZES = {
     "sequence": RunSize(6, 2, tests=3),
     "round_size": RunSize(6, 2, tests=1),

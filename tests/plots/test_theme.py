@@ -1,4 +1,7 @@
-"""Each figure shows the numbers of its table; labels escape what they show."""
+"""Each figure shows the numbers of its table; labels escape what they show.
+
+Also tests plots/scores.py.
+"""
 
 from __future__ import annotations
 

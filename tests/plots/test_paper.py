@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 
 from nse_tools import plots
-from nse_tools.plots.disturbance import disturbance
+from nse_tools.plots.paper import disturbance
 
 METHODS = ("nse", "<i>mine")
 

@@ -1,4 +1,4 @@
-"""What edits cost: the benchmarks' tables as figures."""
+"""Draw what edits cost, from the tables of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PARTS = {"values_s": "target values", "update_s": "update", "rest_s": "rest"}
 
 
 def search_speed(table: pd.DataFrame, title: str | None = None) -> go.Figure:
-    """Draw the seconds that one fact's value search takes, by facts in a batch: the engine beside the plain way (means over runs).
+    """Draw the seconds per fact of the value optimisation by batch size: the engine next to the plain way (means over runs).
 
     Parameters
     ----------

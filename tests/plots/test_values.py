@@ -1,4 +1,7 @@
-"""Values and residuals: parts add up, limits are the method's, contributions and skipped facts are the table's."""
+"""Values and residuals: parts add up, limits are the method's, contributions and skipped facts are the table's.
+
+Also tests plots/residuals.py.
+"""
 
 from __future__ import annotations
 

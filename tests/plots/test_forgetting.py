@@ -1,4 +1,7 @@
-"""Figures of updates, forgetting, lost facts and probes draw their results' tables, on fixed axes where they are compared."""
+"""Figures of forgetting draw their results' tables, on fixed axes where they are compared.
+
+Also tests plots/forgotten_facts.py, plots/probing.py and plots/update_spectra.py.
+"""
 
 from __future__ import annotations
 

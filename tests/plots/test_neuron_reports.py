@@ -12,7 +12,7 @@ import torch
 from helpers.three_rounds import quiet_session, session_of
 from nse_tools import plots
 from nse_tools.metrics.neuron_reports import neuron_card, neuron_map, neuron_usage
-from nse_tools.plots.neurons import mean_overlap
+from nse_tools.plots.neuron_reports import mean_overlap
 
 
 def test_scores_are_sorted_and_cut_where_p_is_reached() -> None:

@@ -16,8 +16,7 @@ from nse_tools import plots
 from nse_tools.errors import MissingPackageError, NSEError, SettingError
 from nse_tools.metrics.neuron_reports import neuron_map
 from nse_tools.metrics.update_spectra import update_spectra
-from nse_tools.plots.exporting import find_browser
-from nse_tools.plots.sizing import pixels
+from nse_tools.plots.exporting import find_browser, pixels
 from nse_tools.plots.theme import short, token, wrapped
 
 
