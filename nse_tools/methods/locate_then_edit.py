@@ -21,10 +21,9 @@ from nse_tools.steps.config import ScheduleConfig, ValueConfig
 from nse_tools.steps.keys import SubjectStates, hidden_states
 from nse_tools.steps.neurons import NeuronConfig
 from nse_tools.steps.post_process import PostProcess
-from nse_tools.steps.preserved import PreservedMoments
 from nse_tools.steps.records import ABOVE, BELOW, TAKEN, EditPass, LayerStep, RoundResult
 from nse_tools.steps.solvers import LeastSquares, Solver, solve_update
-from nse_tools.steps.update import LayerUpdate, Writer, check_residuals, check_update
+from nse_tools.steps.update import LayerUpdate, check_residuals, check_update
 from nse_tools.steps.values import TargetValues, compute_values, weights_of_values
 from nse_tools.tracing.hidden_states import LastTokenStates
 from nse_tools.tracing.moments import SecondMoments
@@ -211,22 +210,17 @@ class LocateThenEdit(Method):
         return "".join(f", {name} {value}" for name in names if (value := self.settings().get(name)) not in (None, default[name]))
 
 
-@dataclass(frozen=True)
 class _Round:
     """Steps 2 to 4 of one round: pass by pass, until no fact is left or the passes are used up."""
 
-    method: LocateThenEdit
-    model: EditableModel
-    inputs: RoundInputs
-    targets: Mapping[int, tuple[int, Tensor]]
-    writer: Writer = field(init=False)
-    preserved: Mapping[int, PreservedMoments] = field(init=False)
-
-    def __post_init__(self) -> None:
-        keys = self.inputs.previous_keys if self.method.solver.use_previous_keys else None
-        bases = {layer: prepared.preserved for layer, prepared in self.inputs.prepared.items()}
-        object.__setattr__(self, "writer", self.inputs.writer_for(self.model, self.method))
-        object.__setattr__(self, "preserved", {la: b if keys is None else b.with_previous_keys(keys) for la, b in bases.items()})
+    def __init__(
+        self, method: LocateThenEdit, model: EditableModel, inputs: RoundInputs, targets: Mapping[int, tuple[int, Tensor]]
+    ) -> None:
+        self.method, self.model, self.inputs, self.targets = method, model, inputs, targets
+        self.writer = inputs.writer_for(model, method)
+        self.preserved = {layer: prepared.preserved for layer, prepared in inputs.prepared.items()}
+        if method.solver.use_previous_keys:
+            self.preserved = {layer: base.with_previous_keys(inputs.previous_keys) for layer, base in self.preserved.items()}
 
     def run(self, states: SubjectStates, z: Tensor, residuals: Tensor) -> tuple[tuple[EditPass, ...], Tensor]:
         """Make the passes; return them and the residuals left. Each takes the facts within the band α < ‖r‖ < upper bound."""
