@@ -18,12 +18,13 @@ from nse_tools.metrics._cache import Measurement
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.steps import values as values_module
 from nse_tools.steps.neurons import NeuronConfig
+from nse_tools.steps.update import Writer
 from nse_tools.steps.values import compute_values
 from reference import apart
 
 LAYERS = (0, 2)
 METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.9)
-STEPS = {"select": (NeuronConfig, "select"), "solve": (updating, "solve_update"), "write": (updating.Writer, "write")}
+STEPS = {"select": (NeuronConfig, "select"), "solve": (updating, "solve_update"), "write": (Writer, "write")}
 SCORES = Measurement[str]("scores")
 ONE, TWO = FactList(list(FACTS)[:3]), FactList(list(FACTS)[3:])
 
