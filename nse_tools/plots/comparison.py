@@ -107,7 +107,7 @@ def measures_grid(table: pd.DataFrame, rows: Sequence[Sequence[str]], against: s
     """
     shown, columns = [measure for row in rows for measure in row], max(map(len, rows))
     finding = "; ".join(_lowest_and_highest(table[table.measure == row[0]], row[0], against) for row in rows)
-    fig = panels(title or finding, [label(m) for m in shown], rows=len(rows), height=110 + 250 * len(rows), gap=0.04)
+    fig = panels(title or finding, [label(m) for m in shown], columns=columns, height=110 + 250 * len(rows), gap=0.04)
     fig.update_layout(meta={"panels": 1, "above": 22, "tall": False}, legend=UNDER)
     methods = table.method.unique().tolist()
     for (measure, method), own in table[table.measure.isin(shown)].groupby(["measure", "method"], sort=False):

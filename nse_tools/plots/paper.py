@@ -53,7 +53,7 @@ def round_anatomy(
     """
     first, last = residuals[residuals.step == 0].residual.mean(), residuals[residuals.status == "end"].residual.mean()
     finding = f"One round of {residuals.fact.nunique()} facts: mean distance to the target values {first:.1f} → {last:.2f}"
-    fig = panels(title or finding, _STEPS, rows=2, height=760).update_layout(showlegend=False)
+    fig = panels(title or finding, _STEPS, columns=2, height=760).update_layout(showlegend=False)
     _add_courses(fig, values, "probability", "mean of facts still searched", (1, 1))
     axes(fig, (1, 1), "step", "probability")
     _add_neurons(fig, neurons)

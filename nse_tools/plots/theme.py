@@ -104,12 +104,24 @@ def figure(title: str, x: str, y: str, *, above: int = 0, tall: bool = False, **
 
 
 def panels(
-    title: str, names: Sequence[str], *, rows: int = 1, width: int = 1100, height: int = 430, gap: float = 0.1, tall: bool = False
+    title: str,
+    names: Sequence[str],
+    *,
+    columns: int | None = None,
+    width: int = 1100,
+    height: int = 430,
+    gap: float = 0.1,
+    tall: bool = False,
 ) -> go.Figure:
-    """Return an empty figure of several panels, each with its name above; narrow layouts stack those of a single row."""
+    """Return an empty figure of panels in rows of ``columns`` (a single row by default), each with its name above.
+
+    Narrow layouts stack the panels of a single row.
+    """
+    columns = columns or len(names)
+    rows = -(-len(names) // columns)
     fig = make_subplots(
         rows=rows,
-        cols=-(-len(names) // rows),
+        cols=columns,
         horizontal_spacing=gap,
         vertical_spacing=0.16 if rows > 1 else None,
         subplot_titles=[plain(n) for n in names],

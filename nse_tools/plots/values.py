@@ -17,7 +17,6 @@ from nse_tools.steps.values import TargetValues
 
 if TYPE_CHECKING:
     from nse_tools.editing.edit_round import EditRound
-    from nse_tools.methods.base import Method
 
 _LABELS = {
     "loss": "loss",

@@ -231,7 +231,7 @@ def test_questions_as_zsre_has_them_are_drawn_by_their_own_measures(small: Edita
     }
     for name, measure in stands_for.items():
         pd.testing.assert_frame_equal(draw_figure(name, tmp_path)[1], own.curve(measure))
-    for name in ("answers", "main", "disturbance", "round_size", "recipes", "orders"):
+    for name in ("answers", "main", "sequence_measures", "disturbance", "round_size", "recipes", "orders"):
         figure, table = draw_figure(name, tmp_path)
         assert len(table), name
         if name == "main":
