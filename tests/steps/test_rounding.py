@@ -238,7 +238,7 @@ def test_master_copies_are_the_sum_and_the_model_is_its_rounding(dtype: torch.dt
         assert master.dtype == (torch.float64 if dtype == torch.float32 else torch.float32)
         assert torch.allclose(master.double(), sums[layer], rtol=0, atol=float(sums[layer].abs().max()) * 1e-6)
         assert torch.equal(master.to(dtype), session.model.weight(layer))
-        assert torch.equal(session._masters[1][layer], master)
+        assert torch.equal(session._weights._masters[1][layer], master)
 
 
 def test_what_is_lost_is_said(caplog: pytest.LogCaptureFixture) -> None:
