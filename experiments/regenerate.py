@@ -19,8 +19,8 @@ import plotly.graph_objects as go
 
 from experiments.benchmark_plots import round_seconds, search_speed
 from nse_tools import plots
-from nse_tools.compare.result import load_comparison
-from nse_tools.compare.store import read_table
+from nse_tools.comparison.result import load_comparison
+from nse_tools.comparison.store import read_table
 from nse_tools.errors import NSEError, SettingError, nearest
 from nse_tools.figures.long_sequence import LongSequence
 from nse_tools.figures.paper import FIGURES, draw_figure, find_figure

@@ -17,8 +17,8 @@ from typing import Any
 
 from experiments import measurements
 from nse_tools import methods
-from nse_tools.compare.result import Comparison
-from nse_tools.compare.runner import Measurement, compare
+from nse_tools.comparison.result import Comparison
+from nse_tools.comparison.runner import Measurement, compare
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.ordering import order_facts

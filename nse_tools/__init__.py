@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nse_tools._provenance import __version__
 
 if TYPE_CHECKING:
-    from nse_tools.compare import *  # noqa: F403
+    from nse_tools.comparison import *  # noqa: F403
     from nse_tools.data import *  # noqa: F403
     from nse_tools.editing import *  # noqa: F403
     from nse_tools.figures import *  # noqa: F403
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nse_tools.tracing import *  # noqa: F403
 
 _NAMESPACES = ("errors", "methods", "metrics", "plots", "steps", "widgets")
-_PACKAGES = (*_NAMESPACES, "compare", "data", "editing", "figures", "io", "models", "parallel", "tracing")
+_PACKAGES = (*_NAMESPACES, "comparison", "data", "editing", "figures", "io", "models", "parallel", "tracing")
 _HOME = {
     name: package
     for package, names in {
@@ -79,7 +79,7 @@ _HOME = {
             "score_facts",
             "update_spectra",
         ),
-        "compare": (
+        "comparison": (
             "Comparison",
             "compare",
             "load_comparison",

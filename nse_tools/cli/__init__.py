@@ -34,7 +34,7 @@ from nse_tools.errors import NSEError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nse_tools.compare import Comparison
+    from nse_tools.comparison import Comparison
 
 app = typer.Typer(help="See and steer what a language model knows.", no_args_is_help=True, add_completion=False)
 app.add_typer(sharing.commands)
@@ -137,7 +137,7 @@ def compare(
 ) -> None:
     """Compare methods on the same facts, contexts and key statistics; table, CSV files and figures."""
     from nse_tools import methods as known_methods
-    from nse_tools.compare import compare
+    from nse_tools.comparison import compare
     from nse_tools.figures import save_comparison
     from nse_tools.models import load_model
     from nse_tools.tracing.contexts import STARTERS

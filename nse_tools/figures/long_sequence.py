@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from nse_tools._repr import table_html
-from nse_tools.compare.store import UNREADABLE, read_table
+from nse_tools.comparison.store import UNREADABLE, read_table
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StorageError, nearest
 from nse_tools.figures.save import make_folder, settings_of

@@ -10,8 +10,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from nse_tools import plots
-from nse_tools.compare.result import Comparison, load_comparison
-from nse_tools.compare.store import Place, has_cells, open_results
+from nse_tools.comparison.result import Comparison, load_comparison
+from nse_tools.comparison.store import Place, has_cells, open_results
 from nse_tools.errors import SettingError, nearest
 from nse_tools.figures.tables import (
     NEIGHBORS,

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from nse_tools import methods, plots
 from nse_tools._provenance import machine, versions
 from nse_tools._repr import table_html
-from nse_tools.compare.result import Comparison
+from nse_tools.comparison.result import Comparison
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError, StorageError

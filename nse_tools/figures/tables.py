@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import pandas as pd
 
-from nse_tools.compare.result import UNEDITED, Comparison
+from nse_tools.comparison.result import UNEDITED, Comparison
 from nse_tools.errors import SettingError
 from nse_tools.metrics.scores import SCORED, harmonic_mean
 

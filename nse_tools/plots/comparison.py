@@ -27,7 +27,7 @@ from nse_tools.plots.theme import (
 )
 
 if TYPE_CHECKING:
-    from nse_tools.compare.result import Comparison
+    from nse_tools.comparison.result import Comparison
 
 _AXES = {"edits": "facts edited so far", "rounds_of": "facts in a round"}
 _USUAL = ("score", "efficacy_accuracy", "specificity")

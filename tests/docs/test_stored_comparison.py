@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.pages import ROOT, rows_of, table_behind
-from nse_tools.compare.result import Comparison, load_comparison
+from nse_tools.comparison.result import Comparison, load_comparison
 
 COLUMNS = ("score", "efficacy_accuracy", "generalization", "specificity", "first_round_accuracy", "perplexity")
 

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from helpers.pages import ROOT
-from nse_tools.compare.result import load_comparison
+from nse_tools.comparison.result import load_comparison
 from nse_tools.figures.long_sequence import LongSequence
 
 RESULTS = ROOT / "docs" / "results"

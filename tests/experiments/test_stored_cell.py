@@ -14,7 +14,7 @@ import pytest
 
 from experiments.runs import RUNS, make_run, variant_name
 from nse_tools import methods
-from nse_tools.compare.result import Comparison
+from nse_tools.comparison.result import Comparison
 from nse_tools.data.bundled import world_by_knowledge
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession

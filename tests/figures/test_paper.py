@@ -17,8 +17,8 @@ from experiments.runs import RUNS, RunSize, make_run
 from helpers.paper import FACTS, SETTINGS, SIZES
 from nse_tools import plots
 from nse_tools.cli import app
-from nse_tools.compare.result import Comparison
-from nse_tools.compare.store import Cell
+from nse_tools.comparison.result import Comparison
+from nse_tools.comparison.store import Cell
 from nse_tools.data.fact import Question
 from nse_tools.data.fact_list import FactList
 from nse_tools.errors import SettingError

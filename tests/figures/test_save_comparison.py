@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from helpers.models import build
 from nse_tools.cli import app, comparison_table
-from nse_tools.compare.result import load_comparison
+from nse_tools.comparison.result import load_comparison
 from nse_tools.data.fact import Fact
 
 RECORDS = [

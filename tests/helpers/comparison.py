@@ -8,8 +8,8 @@ import pandas as pd
 
 from helpers.models import build
 from nse_tools import methods
-from nse_tools.compare.result import Comparison
-from nse_tools.compare.runner import compare
+from nse_tools.comparison.result import Comparison
+from nse_tools.comparison.runner import compare
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.methods.base import Method

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from helpers.models import CONTEXTS, build, moments_for, varied
 from nse_tools import methods
-from nse_tools.compare.runner import compare
+from nse_tools.comparison.runner import compare
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession

@@ -25,7 +25,7 @@ import pytest
 
 import nse_tools
 from helpers.models import CONTEXTS, build, moments_for
-from nse_tools.compare.result import UNEDITED, Comparison
+from nse_tools.comparison.result import UNEDITED, Comparison
 from nse_tools.methods import base as registry
 
 ROOT = Path(__file__).parents[2]

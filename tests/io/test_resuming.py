@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.kept import LAYERS, Start, compare_methods, run_and_kill, seconds_of, take_statistics
-from nse_tools.compare.result import load_comparison
+from nse_tools.comparison.result import load_comparison
 from nse_tools.tracing import moments
 from nse_tools.tracing.moments import _read as read_moments
 

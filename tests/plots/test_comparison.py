@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from nse_tools import plots
-from nse_tools.compare.result import Comparison
-from nse_tools.compare.store import Cell
+from nse_tools.comparison.result import Comparison
+from nse_tools.comparison.store import Cell
 from nse_tools.errors import SettingError
 from nse_tools.plots.comparison import over_seeds
 

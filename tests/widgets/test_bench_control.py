@@ -7,7 +7,7 @@ import pytest
 from helpers.models import build
 from helpers.shown import METHOD, STREAM, bits, same, session_of
 from nse_tools import methods
-from nse_tools.compare.runner import compare
+from nse_tools.comparison.runner import compare
 from nse_tools.errors import EditError, FactError, SettingError
 from nse_tools.models.editable_model import EditableModel
 from nse_tools.widgets.method_bench import BenchControl

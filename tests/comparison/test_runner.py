@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import nse_tools
 from helpers.comparison import FACTS, MEMIT, NSE, SETTINGS, contents, run, same_but_for_seconds
 from helpers.models import build
 from nse_tools import methods
-from nse_tools.compare.result import Comparison, load_comparison
-from nse_tools.compare.runner import rounds_to_test
+from nse_tools.comparison.result import Comparison, load_comparison
+from nse_tools.comparison.runner import compare, rounds_to_test
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import FactError, SettingError, StateError
@@ -36,6 +37,10 @@ pytestmark = pytest.mark.usefixtures("small_comparisons")
 @pytest.fixture(scope="module")
 def result(small_comparisons: None) -> Comparison:
     return run([NSE, MEMIT], rounds_of=1, seeds=(0, 3))
+
+
+def test_compare_is_a_function_of_the_package() -> None:
+    assert nse_tools.compare is compare  # no module of that name takes its place
 
 
 # ---- what it says ----------------------------------------------------------------------------------------------------
@@ -207,7 +212,7 @@ def test_rounds_that_are_not_tested_are_in_the_rounds_only() -> None:
         ([], {}, "at least one"),
         ([NSE], {"seeds": (0, 0)}, "seeds"),
         ([NSE], {"seeds": ()}, "seeds"),
-        (["nse"], {}, "preset 'smollm2-135m' was made for"),  # by name, with the preset of another model
+        (["nse"], {}, "preset='smollm2-135m': expected a model of shape"),  # by name, with the preset of another model
         (["memitt"], {}, "Did you mean 'memit'"),
     ],
 )

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nse_tools.compare.result import Comparison
-from nse_tools.compare.store import Cell
+from nse_tools.comparison.result import Comparison
+from nse_tools.comparison.store import Cell
 from nse_tools.errors import SettingError
 
 

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from nse_tools import methods as known_methods
 from nse_tools._provenance import command, machine, versions
-from nse_tools.compare.result import UNEDITED, Comparison
-from nse_tools.compare.store import SCORES, Cell, ComparisonFolder, check_names, plain, sketch
+from nse_tools.comparison.result import UNEDITED, Comparison
+from nse_tools.comparison.store import SCORES, Cell, ComparisonFolder, check_names, plain, sketch
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession

@@ -12,9 +12,9 @@ import torch
 
 from helpers.comparison import FACTS, MEMIT, NSE, contents, run
 from helpers.models import build
-from nse_tools.compare import runner as comparison_run
-from nse_tools.compare.result import load_comparison
-from nse_tools.compare.store import sketch
+from nse_tools.comparison import runner as comparison_run
+from nse_tools.comparison.result import load_comparison
+from nse_tools.comparison.store import sketch
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
 from nse_tools.errors import SettingError

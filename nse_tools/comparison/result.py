@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from nse_tools._repr import table_html
-from nse_tools.compare.store import Cell, Place, open_results, read_cells, read_manifest
+from nse_tools.comparison.store import Cell, Place, open_results, read_cells, read_manifest
 from nse_tools.errors import SettingError, nearest
 from nse_tools.metrics.forgetting import ForgettingMatrix, matrix_of
 from nse_tools.metrics.scores import SCORED, ZSRE_SCORED, harmonic_mean
