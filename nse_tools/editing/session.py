@@ -215,13 +215,13 @@ class EditSession:
         """
         self._check_weights()
         with self._weights.rollback_on_error(lambda: self._timeline):
-            done, writer = self.make_round(facts, values, replaces)
+            done, writer = self._make_round(facts, values, replaces)
             self._commit(self._timeline.append(done))
         self._weights.keep_masters(self.rounds, writer)
         self._warn_about(done)
         return done
 
-    def make_round(
+    def _make_round(
         self, facts: Fact | Sequence[Fact], values: TargetValues | None = None, replaces: Sequence[Replaced] = ()
     ) -> tuple[EditRound, Writer]:
         """Change the weights as the next round does, and return its record; the session does not have it yet."""
@@ -319,7 +319,7 @@ class EditSession:
         """
         self._check_weights()
         with self.model.lock, weights_in_place(self.model, self._weights.current()):
-            return EditPreview(self.make_round(facts, values)[0])
+            return EditPreview(self._make_round(facts, values)[0])
 
     # ---- back and forth ----------------------------------------------------------------------------------------------
     def undo(self) -> EditRound:

@@ -18,7 +18,6 @@ from nse_tools.models.weights import uninterrupted, weights_in_place
 from nse_tools.steps.keys import SubjectStates
 
 HOME = str(Path(nse_tools.__file__).parent)
-N_POINTS = 40
 
 
 @pytest.fixture(autouse=True)
@@ -114,8 +113,9 @@ def outcome(state: tuple) -> list:
     return [[(r.facts, r.number, r.digest) for r in part] for part in state]
 
 
+@pytest.mark.parametrize("n_points", [12, pytest.param(40, marks=pytest.mark.long)])
 @pytest.mark.parametrize("verb", list(VERBS))
-def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str, case: Case) -> None:
+def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str, n_points: int, case: Case) -> None:
     run = VERBS[verb]
     case.again()
     before = outcome(case.state())
@@ -124,7 +124,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str, case: Case) -
     with Interrupter() as counted:
         run(case.session)
     after, n = outcome(case.state()), counted.lines
-    points = sorted({round(1 + i * (n - 1) / (N_POINTS - 1)) for i in range(N_POINTS)} | {n - 2, n - 1})
+    points = sorted({round(1 + i * (n - 1) / (n_points - 1)) for i in range(n_points)} | {n - 2, n - 1})
     arrived = 0
     for point in points:
         case.again()
