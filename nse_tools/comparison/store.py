@@ -122,7 +122,10 @@ class ComparisonFolder:
         if not (place / CELL).exists():
             return None
         cell = _read(place)
-        made_with = from_dict(cell.method)  # settings that are younger than the cell have their defaults
+        try:
+            made_with = from_dict(cell.method)  # settings that are younger than the cell have their defaults
+        except SettingError as error:
+            raise SettingError(f"{place}: expected settings of this version, got others ({error}). Delete that folder.") from error
         if made_with != method:
             raise SettingError(
                 f"{place} was made with other settings of {method.name!r}: "

@@ -75,6 +75,16 @@ def test_a_cell_older_than_a_setting_was_made_with_its_default(tmp_path: Path) -
         run([NSE.with_(max_update_norm=5.0)], folder=tmp_path)
 
 
+def test_a_cell_with_settings_of_another_version_is_refused(tmp_path: Path) -> None:
+    run([MEMIT], folder=tmp_path)
+    (about,) = (tmp_path / "cells").glob("*/cell.json")
+    cell = json.loads(about.read_text())
+    cell["method"]["a_setting_of_another_version"] = 1
+    about.write_text(json.dumps(cell))
+    with pytest.raises(SettingError, match="memit-seed0: expected settings of this version"):
+        run([MEMIT], folder=tmp_path)
+
+
 def test_methods_and_seeds_can_be_added_later(tmp_path: Path) -> None:
     run([MEMIT], folder=tmp_path)
     both = run([NSE, MEMIT], folder=tmp_path, seeds=(0, 1))

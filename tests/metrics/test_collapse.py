@@ -177,6 +177,7 @@ def test_limits_out_of_range_are_refused() -> None:
             CollapseDetector(repetition_rise=wrong)
 
 
+@pytest.mark.long
 def test_the_embedded_model_repeats_itself_only_when_it_is_damaged(smollm: EditableModel) -> None:
     draw = torch.Generator().manual_seed(0)
     weights = {layer: copy_of(smollm.weight(layer)) for layer in range(3, 8)}
