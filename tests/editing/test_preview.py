@@ -12,9 +12,9 @@ from nse_tools.data.fact_list import FactList
 from nse_tools.editing.preview import EditPreview
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import EditError, FactError, StateError
-from nse_tools.methods import locate_then_edit as updating
 from nse_tools.methods.base import Method
 from nse_tools.metrics._cache import Measurement
+from nse_tools.steps.update import Writer
 
 LAYERS = (0, 2)
 METHOD = methods.nse(None, name="test", layers=LAYERS, v_lr=0.3, v_num_grad_steps=3, mom2_update_weight=2.0, neuron_threshold=0.7)
@@ -96,14 +96,14 @@ def test_an_error_in_a_preview_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) 
     session = session_of()
     session.edit(ONE)
     state, rounds = bits(session), session.rounds
-    real = updating.Writer.write
+    real = Writer.write
 
     def breaking(*args) -> None:
         real(*args)  # after the weights were written
         raise EditError("stop")
 
     with monkeypatch.context() as patch:
-        patch.setattr(updating.Writer, "write", breaking)
+        patch.setattr(Writer, "write", breaking)
         with pytest.raises(EditError, match="stop"):
             session.preview(TWO)
     assert same(bits(session), state)
