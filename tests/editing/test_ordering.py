@@ -35,5 +35,5 @@ def test_keys_are_those_of_the_unedited_model() -> None:
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(SettingError, match="Did you mean 'packed'"):
         order_facts(FACTS, "packd")
-    with pytest.raises(SettingError, match="of which model and layer"):
+    with pytest.raises(SettingError, match="expected a model and a layer"):
         order_facts(FACTS, "spread")
