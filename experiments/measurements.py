@@ -143,7 +143,7 @@ def effects(session: EditSession, round: int) -> pd.DataFrame:
     """Return what later rounds together did to each earlier fact, at its key: means over the edited layers.
 
     ``disturbed`` is ‖(W_t − W_s) k‖ / ‖(W_s − W_{s−1}) k‖, how much later rounds changed the layer's output for the fact's key
-    beside what its own round s did; ``along`` is the part of that change along the own round's (−1: taken back); ``reuse`` is in
+    relative to what its own round s did; ``along`` is the part of that change along the own round's (−1: undone); ``reuse`` is in
     how many later rounds the neurons that the fact uses were written again, their squared activations the weights.
     """
     made = session.rounds[:round]
@@ -182,7 +182,7 @@ def _of_round(done: EditRound, keys: Tensor, own: Tensor, later: Tensor, rewritt
 
 
 def written(session: EditSession, round: int, references: ReferenceTexts | None = None) -> pd.DataFrame:
-    """Return how the model writes about edited facts, now and before all edits: a row a fact.
+    """Return how the model writes about edited facts, now and before all edits: one row per fact.
 
     Columns ``fact``, ``fluency`` (bits, :func:`nse_tools.metrics.generation`), ``fluency_before`` and, with reference texts,
     ``consistency`` and ``consistency_before`` (cosine). Asked are up to 50 of the facts so far that have a generation prompt,
@@ -212,7 +212,7 @@ def times(session: EditSession, round: int) -> pd.DataFrame:
 
 
 def values(session: EditSession, round: int) -> pd.DataFrame:
-    """Return the course of a round's value search, a row a fact and step (:attr:`TargetValues.trace`)."""
+    """Return the course of a round's value optimisation, one row per fact and step (:attr:`TargetValues.trace`)."""
     return session.rounds[round - 1].values.trace if round else pd.DataFrame()
 
 
@@ -227,5 +227,5 @@ def neurons(session: EditSession, round: int) -> pd.DataFrame:
 
 
 def updates(session: EditSession, round: int) -> pd.DataFrame:
-    """Return a round's updates, a row a pass and layer (:meth:`EditRound.to_frame`)."""
+    """Return a round's updates, one row per pass and layer (:meth:`EditRound.to_frame`)."""
     return session.rounds[round - 1].to_frame() if round else pd.DataFrame()

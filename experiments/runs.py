@@ -86,7 +86,7 @@ class RunSize:
     tests : int
         After how many rounds, evenly spread, all facts so far are tested: the first and the last always, so two at least.
     contexts : int
-        How many of the usual contexts stand beside the bare prompt.
+        How many of the usual contexts are used with the bare prompt.
     stop_at_argmax : int
         Value searches stop once the target was the first choice so many times (the setting ``v_stop_at_argmax``); 0: never.
 
@@ -130,7 +130,7 @@ class Part:
     starters : tuple of str, optional
         First words of the contexts, where not the run's.
     facts_of : tuple of int, optional
-        Rounds whose facts are asked in every test, beside the newest's; all by default.
+        Rounds whose facts are asked in every test, with the newest's; all by default.
     order : str
         Order of the facts (:func:`nse_tools.order_facts`); shuffled with each seed by default.
     tokens_per_neuron : float, optional

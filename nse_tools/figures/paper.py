@@ -129,17 +129,17 @@ def _curve(measure: str, facts_of: int | None = None) -> tuple[Callable[[Parts],
 
 
 def main_dots(parts: Parts) -> go.Figure:
-    """Draw the main table's scores, a row a method."""
+    """Draw the main table's scores, one row per method."""
     return _dots(parts, parts["sequence"].ends(), _FOUR)
 
 
 def _dots(parts: Parts, ends: pd.DataFrame, measures: tuple[str, ...] = _THREE) -> go.Figure:
-    """Draw measures at the end, a row a method, or a row a ``variant`` where the table has them."""
+    """Draw measures at the end, one row per method, or per ``variant`` where the table has them."""
     return plots.dots(ends if "variant" in ends else ends.rename(columns={"method": "variant"}), [taken(parts, m) for m in measures])
 
 
 def reported_dots(parts: Parts) -> go.Figure:
-    """Draw what was reported for another, larger model: to stand beside, never to be mixed in."""
+    """Draw what was reported for another, larger model: for reading next to our own, never mixed with them."""
     table = reported().rename(columns={"method": "variant"})
     title = "As reported for Llama-3-8B, CounterFact, rounds of 100, after 2 000 edits where nothing else is said (not measured here)"
     return plots.dots(table, ("score", "efficacy", "generalization", "specificity"), title=title)

@@ -93,7 +93,7 @@ def moved_table(parts: Parts) -> pd.DataFrame:
     table = _first_seed(_quoting(parts, "shift"))
     last = table["round"] == table.groupby("method")["round"].transform("max")
     own = _of_methods(table[last], _MOVED, "shift").reset_index(drop=True)
-    return own.astype({"edited": bool}) if len(own) else own  # beside a method that made no round it is read as an object
+    return own.astype({"edited": bool}) if len(own) else own  # next to a method that made no round it is read as an object
 
 
 def _of_methods(table: pd.DataFrame, methods: tuple[str, ...], figure: str) -> pd.DataFrame:
@@ -111,7 +111,7 @@ def _of_methods(table: pd.DataFrame, methods: tuple[str, ...], figure: str) -> p
 
 
 def neighbors_table(parts: Parts) -> pd.DataFrame:
-    """Return specificity at the end, a row a method and seed: on neighbours left alone, before and after, and on those edited as well.
+    """Return specificity at the end, one row per method and seed: on neighbours left alone, before and after, and on those edited as well.
 
     Raises
     ------

@@ -62,7 +62,7 @@ def next_tokens(probe: PromptProbe, before: int | None = None, after: int | None
 
 
 def prompt_rounds(probe: PromptProbe, title: str | None = None) -> go.Figure:
-    """Draw what the same prompt is continued with after every round: a line a token, those asked for thick.
+    """Draw what the same prompt is continued with after every round: one line per token, the watched ones thick.
 
     Parameters
     ----------

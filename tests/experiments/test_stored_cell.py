@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import nse_tools
 from experiments.runs import RUNS, make_run, variant_name
 from nse_tools import methods
 from nse_tools.comparison.result import Comparison
@@ -46,6 +47,10 @@ def made_again(name: str, results: Path, model: EditableModel, folder: Path, **o
     """Make a run's cells anew from its stored contexts and text for C; compare the scores with the stored ones."""
     with zipfile.ZipFile(results / f"{name}.zip") as archive:
         archive.extractall(folder / name, [member for member in archive.namelist() if "/cells/" not in member])
+    for file in folder.rglob("comparison.json"):  # made by an earlier version, which is what is tested here
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest["versions"]["nse_tools"] = nse_tools.__version__
+        file.write_text(json.dumps(manifest), encoding="utf-8")
     again = make_run(name, model, world_by_knowledge(), folder, progress=False, **options)
     for part, made in again.items():
         assert list((folder / name / part / "cells").iterdir())
