@@ -362,7 +362,7 @@ def get(name: str, *, common: Mapping[str, Any] | None = None, **settings: Any) 
     name : str
         One of :func:`names`.
     common : mapping, optional
-        Settings for several methods: those that this method has are taken over.
+        Settings for several methods: those that this method has are taken over; a setting that no method has is refused.
     settings
         What its function takes: ``preset`` and settings.
 
@@ -377,7 +377,20 @@ def get(name: str, *, common: Mapping[str, Any] | None = None, **settings: Any) 
     method = _BUILDERS[name](**{k: common.pop(k) for k in ("preset", "layers") if k in common} | settings)
     if not isinstance(method, Method):
         raise SettingError(f"The function of method {name!r} returned {type(method).__name__}, expected a Method.")
+    for setting in common:
+        if setting not in method.settings() and not _is_setting(setting):
+            raise method._no_setting(setting)
     return method.with_(**{k: v for k, v in common.items() if k in method.settings()})
+
+
+def _is_setting(name: str) -> bool:
+    """Whether one of the library's methods, or a part that methods can be put together from, has a setting."""
+    builders = [build for build in _BUILDERS.values() if build.__module__.startswith("nse_tools.")]
+    parts = [part for family in (Solver, PostProcess) for part in family._known.values()]
+    return any(name in build(preset=None, layers=(0,)).settings() for build in builders) or any(
+        name in {f.name for f in fields(part)}  # type: ignore[arg-type]
+        for part in parts
+    )
 
 
 def table() -> pd.DataFrame:

@@ -91,7 +91,7 @@ def test_it_says_all_that_an_appendix_needs(session: EditSession, page: str) -> 
         *(r.digest for r in session.rounds),
         session.timeline.original,
         "Verification(ok, 2 rounds",
-        "Round 2 is approximate: round 2 ('plain') was dropped from below it.",
+        "Round 2 is approximate: round 2 ('plain') before it was dropped.",
         "efficacy",
         "perplexity",
         "after round \\ facts of round",
