@@ -1,6 +1,6 @@
 """The errors of nse_tools: one class per thing that can be wrong, all of them :class:`NSEError`.
 
-Each has a page in docs/errors: what it means, examples that raise it, what to do.
+docs/errors.md has for each what it means, examples that raise it, and what to do.
 """
 
 from __future__ import annotations
