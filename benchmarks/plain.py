@@ -162,7 +162,7 @@ def plain_round(
     z : Tensor, optional
         Target values, (n_facts, d_model), where they are known already.
     """
-    if method.neurons.per != "batch" or method.neurons.selection_rule != "reach":
+    if method.neurons.per != "batch" or method.setting("selection_rule") != "reach":
         raise ValueError("the plain round selects neurons per batch, by the rule 'reach' only")
     watch, delta = Stopwatch(), None
     before = {layer: model.weight(layer).clone() for layer in method.layers}
