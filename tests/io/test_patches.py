@@ -83,7 +83,7 @@ def test_the_file_holds_the_recorded_updates(tmp_path: Path) -> None:
     manifest = json.loads(about["nse_patch"])
     assert manifest["version"] == "1"
     assert [[f["id"] for f in facts] for facts in manifest["rounds"]] == [["middle"], ["start"]]
-    assert manifest["method"]["upper_bound"] == "inf"
+    assert manifest["method"]["schedule"]["upper_bound"] == "inf"
 
 
 def test_the_smaller_way_is_chosen(tmp_path: Path) -> None:

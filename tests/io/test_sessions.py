@@ -148,7 +148,7 @@ def test_what_is_on_disk_can_be_read_without_nse_tools(tmp_path: Path) -> None:
     place = next((tmp_path / "rounds").iterdir())
     head = json.loads((tmp_path / "session.json").read_text())
     assert head["format"] == manifest.FORMAT == 2
-    assert head["session"]["method"]["neuron_threshold"] == METHOD.neurons.neuron_threshold
+    assert head["session"]["method"]["neurons"]["neuron_threshold"] == METHOD.neurons.neuron_threshold
     assert load_facts(place / "facts.json") == ROUNDS[0]
     pd.testing.assert_frame_equal(pd.read_csv(place / "residuals.csv", dtype={"layer": "Int64"}), done.residuals(), check_dtype=False)
     assert pd.read_csv(place / "value_search.csv").fact.unique().tolist() == ROUNDS[0].ids
@@ -256,8 +256,8 @@ def test_other_versions_are_said(saved: Path, monkeypatch: pytest.MonkeyPatch, c
 
 def test_weights_that_do_not_come_out_the_same_are_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    before, real = weights_of(model), nse_tools.LayerUpdate.delta
-    monkeypatch.setattr(nse_tools.LayerUpdate, "delta", lambda self: real(self) * (1 + 1e-6))
+    before, real = weights_of(model), nse_tools.steps.LayerUpdate.delta
+    monkeypatch.setattr(nse_tools.steps.LayerUpdate, "delta", lambda self: real(self) * (1 + 1e-6))
     for force in (False, True):
         with pytest.raises(StorageError, match="round 3 do not come out as they were.*thread count"):
             load(saved, model, force=force)

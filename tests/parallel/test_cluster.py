@@ -62,7 +62,7 @@ def test_without_ray_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_imports_ray_before_it_is_used() -> None:
-    code = "import sys, nse_tools as nse; nse.scale.RayExecutor(2); nse.EditSession; nse.compare; sys.exit('ray' in sys.modules)"
+    code = "import sys, nse_tools as nse; nse.parallel.RayExecutor(2); nse.EditSession; nse.compare; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], check=False).returncode == 0
 
 

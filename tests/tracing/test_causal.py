@@ -166,6 +166,6 @@ def test_first_token_ratio_agrees_with_hooks(name: str) -> None:
 
 def test_tracing_leaves_the_model_as_it_was() -> None:
     model = build()
-    before = SubjectStates.record(model, FACTS, BARE, 1, 2).keys([2])[2].values
+    before = SubjectStates.record(model, FACTS, BARE, 1, 2).keys([2])[2].matrix
     causal_trace(model, TRUE)
-    assert torch.equal(SubjectStates.record(model, FACTS, BARE, 1, 2).keys([2])[2].values, before)
+    assert torch.equal(SubjectStates.record(model, FACTS, BARE, 1, 2).keys([2])[2].matrix, before)

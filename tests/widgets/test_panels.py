@@ -167,7 +167,7 @@ def test_round_scrubber_takes_in_new_rounds_and_survives_an_undo() -> None:
     session.undo()
     panel.slider.value = 1
     panel.slider.value = 2
-    assert "no round 2" in panel.message.value
+    assert "expected one of the rounds 0 (unedited) to 1, got 2" in panel.message.value
     panel.reread.click()
     assert (panel.slider.value, panel.slider.max) == (1, 1)
     assert not panel.message.value

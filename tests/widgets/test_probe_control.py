@@ -154,7 +154,7 @@ def test_the_code_does_the_same(control: ProbeControl, session: EditSession) -> 
 
 
 def test_fine_tuning_can_be_probed_too() -> None:
-    session = session_of("ft", ft_num_steps=3)
+    session = session_of(family="ft", ft_num_steps=3)
     control = ProbeControl(session)
     control.write(PROMPT, TARGET)
     list(control.preview_steps())

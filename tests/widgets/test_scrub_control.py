@@ -63,7 +63,7 @@ def test_a_session_without_rounds_can_be_looked_at() -> None:
     assert control.view is not None
     assert control.view.scores.empty
     assert [c.changed for c in control.view.asked] == [False, False]
-    with pytest.raises(SettingError, match="no round 1"):
+    with pytest.raises(SettingError, match="expected one of the rounds 0 .unedited. to 0, got 1"):
         list(control.look(1, PROMPTS))
 
 
