@@ -1,7 +1,7 @@
 """Sphinx settings of the documentation site; `make docs` builds it.
 
-The source folder is the repository, so that README, docs and notebooks link to each other as they do in it. Nothing on the site comes from a network:
-equations are MathML, and plotly's script is part of each notebook's page.
+The source folder is the repository, so that README, docs and notebooks link to each other as they do in it. Nothing on the site
+comes from a network: equations are MathML, and plotly's script is part of each notebook's page.
 """
 
 from __future__ import annotations
