@@ -31,5 +31,5 @@ def machine() -> dict[str, str]:
 def command() -> str | None:
     """Return the ``nse-tools`` command that this process runs; None in a notebook or another program."""
     program = Path(sys.argv[0])
-    ours = program.stem == "nse-tools" or program.parts[-3:] == ("nse_tools", "cli", "__main__.py")
+    ours = program.stem == "nse-tools" or program.parts[-2:] in (("nse_tools", "__main__.py"), ("nse_tools", "cli.py"))
     return shlex.join(["nse-tools", *sys.argv[1:]]) if ours else None

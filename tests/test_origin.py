@@ -11,7 +11,8 @@ from nse_tools._provenance import command
     ("program", "noted"),
     [
         ("/somewhere/bin/nse-tools", "nse-tools compare --out 'my runs'"),
-        ("/somewhere/nse_tools/cli/__main__.py", "nse-tools compare --out 'my runs'"),
+        ("/somewhere/nse_tools/__main__.py", "nse-tools compare --out 'my runs'"),
+        ("/somewhere/nse_tools/cli.py", "nse-tools compare --out 'my runs'"),
         ("/somewhere/ipykernel_launcher.py", None),
     ],
 )

@@ -60,7 +60,7 @@ def test_a_file_goes_into_a_session_and_goes_on_there(models: None, tmp_path: Pa
         patch.setattr(EditSession, "edit", edit)
         code, said = run(file, folder)
     assert code == 130
-    assert said.endswith("Stopped after round 1; the same command goes on.")
+    assert said.endswith("Stopped after round 1; the same command continues.")
     code, said = run(file, folder)
     assert code == 0, said
     assert "EditedRounds(2 rounds, 3 facts, 2 facts skipped)" in said

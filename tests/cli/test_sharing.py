@@ -12,8 +12,7 @@ from typer.testing import CliRunner, Result
 import nse_tools as nse
 from helpers.models import build
 from helpers.sharing import edited, forge, same, weights_of
-from nse_tools.cli import app
-from nse_tools.cli.shell import console
+from nse_tools.cli import app, console
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def test_markup_in_texts_is_shown_as_it_is(place: Path, tmp_path: Path) -> None:
     assert "[red]x[/blue]" in run("inspect", bad).output
 
 
-@pytest.mark.parametrize("start", [["-m", "nse_tools.cli"], ["-c", "from nse_tools.cli import app; app()"]])
+@pytest.mark.parametrize("start", [["-m", "nse_tools"], ["-m", "nse_tools.cli"], ["-c", "from nse_tools.cli import app; app()"]])
 def test_starting_the_command(start: list[str]) -> None:
     done = subprocess.run([sys.executable, *start, "--help"], check=True, capture_output=True, text=True)
     for command in ("demo", "compare", "known", "apply", "inspect", "verify"):

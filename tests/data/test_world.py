@@ -11,7 +11,7 @@ from importlib.resources import files
 
 import pytest
 
-from nse_tools.cli.shell import stream_of
+from nse_tools.cli import facts_of_option
 from nse_tools.data.bundled import known_facts, more_world_facts, world_by_knowledge, world_split
 from nse_tools.data.fact_list import FactList
 from nse_tools.data.readers import load_facts
@@ -145,7 +145,7 @@ def test_the_records_of_world_are_as_before_there_was_more(world: FactList) -> N
 
 
 def test_the_stream_of_all_facts_begins_with_world(world: FactList, more: FactList) -> None:
-    stream = stream_of("world-all")
+    stream = facts_of_option("world-all")
     assert stream.name == "world, all"
     assert len(set(stream.ids)) == len(stream) >= 3000
     assert stream.ids[: len(world)] == world_by_knowledge().ids

@@ -12,8 +12,7 @@ from typer.testing import CliRunner, Result
 
 from helpers.models import CONTEXTS, build, moments_for
 from nse_tools import methods
-from nse_tools.cli import app, score_table
-from nse_tools.cli.shell import some_of
+from nse_tools.cli import app, score_table, some_of
 from nse_tools.data.bundled import known_facts, world_by_knowledge
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList

@@ -1,4 +1,4 @@
-"""``python -m nse_tools.cli``."""
+"""``python -m nse_tools``."""
 
 from nse_tools.cli import app
 
