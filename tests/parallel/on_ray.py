@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from scale import cluster_jobs
+from parallel import cluster_jobs
 
 from helpers.models import CONTEXTS, FACTS, TEXT, build, moments_for
 from helpers.sessions import METHOD
