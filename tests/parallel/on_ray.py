@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from parallel import cluster_jobs
 
 from helpers.models import CONTEXTS, FACTS, TEXT, build, moments_for
 from helpers.sessions import METHOD
@@ -23,6 +22,7 @@ from nse_tools.parallel.executor import LocalExecutor
 from nse_tools.parallel.ray_executor import RayExecutor
 from nse_tools.steps.values import TargetValues, values_in_batches
 from nse_tools.tracing import moments
+from parallel import cluster_jobs
 
 LOCAL = LocalExecutor(2)
 NUMBERS = ["nll_new", "nll_true", "hits_new", "hits_true", "argmax"]
