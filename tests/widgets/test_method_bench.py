@@ -1,16 +1,19 @@
-"""Methods side by side in small steps: the numbers of a comparison, and a model that is left as it was."""
+"""Methods side by side in small steps: the numbers of a comparison, a model that is left as it was, and the panel."""
 
 from __future__ import annotations
+
+import asyncio
+import html
 
 import pytest
 
 from helpers.models import build
 from helpers.shown import METHOD, STREAM, bits, same, session_of
-from nse_tools import methods
+from nse_tools import methods, plots
 from nse_tools.comparison.runner import compare
 from nse_tools.errors import EditError, FactError, SettingError
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.widgets.method_bench import BenchControl
+from nse_tools.widgets.method_bench import BenchControl, MethodBench
 
 NSE, MEMIT = METHOD.with_(name="nse"), METHOD.with_(name="memit", values_under="current", neuron_threshold=1.0, passes=1)
 
@@ -117,3 +120,43 @@ def test_choices_that_make_no_sense_are_refused_before_anything_runs(model: Edit
 def test_the_code_is_the_comparison(model: EditableModel) -> None:
     control = BenchControl(model, STREAM)
     assert control.code(["nse", "memit"], 4, 2) == "nse.compare(model, facts[:4], ['nse', 'memit'], rounds_of=2, seeds=[0])"
+
+
+def test_method_bench_runs_to_the_end_in_a_plain_script() -> None:
+    model = build("llama")
+    panel = MethodBench(model, STREAM, [NSE, MEMIT], chosen=("nse", "memit"), n_facts=4, rounds_of=2)
+    assert panel.methods.value == ("nse", "memit")
+    panel.run_button.click()
+    tables = panel.control.tables()
+    assert {name: len(t) for name, t in tables.items()} == {"nse": 2, "memit": 2}
+    fig = plots.scores(tables)
+    assert [(t.name, t.y) for t in panel.curves.traces] == [(t.name, t.y) for t in fig.data]
+    assert "nse.compare(model, facts[:4], ['nse', 'memit'], rounds_of=2" in html.unescape(panel.code.value)
+    assert (panel.run_button.disabled, panel.stop_button.disabled) == (False, True)
+    panel.methods.value = ()
+    panel.run_button.click()
+    assert "at least one method" in panel.message.value
+
+
+def test_method_bench_stops_between_two_steps_and_curves_grow_meanwhile() -> None:
+    model = build("llama")
+    panel = MethodBench(model, STREAM, [NSE, MEMIT], chosen=("nse", "memit"), n_facts=4, rounds_of=1)
+    before = [p.clone() for p in model.hf.state_dict().values()]
+    points = []
+
+    async def run_and_stop() -> None:
+        panel.run_button.click()
+        assert panel.working is not None
+        while len(points) < 3 or points[-1] < 3:
+            await asyncio.sleep(0.01)
+            points.append(sum(len(t.y) for t in panel.curves.traces if t.name.endswith("score")))
+            assert panel.run_button.disabled
+            assert same(list(model.hf.state_dict().values()), before)
+        panel.stop_button.click()
+        await panel.working
+
+    asyncio.run(run_and_stop())
+    assert {0, 1, 2, 3} <= set(points)
+    assert sum(len(t) for t in panel.control.tables().values()) < 8
+    assert (panel.run_button.disabled, panel.stop_button.disabled) == (False, True)
+    assert not panel.status.value
