@@ -45,8 +45,8 @@ from nse_tools.tracing.moments import SecondMoments, second_moments
 
 if TYPE_CHECKING:
     from nse_tools.figures.report import Report
-    from nse_tools.io._patch_manifest import SharedEdit
     from nse_tools.io._session_folder import SessionFolder
+    from nse_tools.io._shared_edit import SharedEdit
 
 _log = logging.getLogger(__name__)
 
@@ -511,11 +511,24 @@ class EditSession:
         save_session(self, path, include_moments=include_moments, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path: str | Path, model: EditableModel, **options: Any) -> EditSession:
+    def load(
+        cls,
+        path: str | Path,
+        model: EditableModel,
+        *,
+        force: bool = False,
+        upto: int | None = None,
+        autosave: bool = False,
+        moments: SecondMoments | None = None,
+        progress: bool = True,
+        value_cache: ValueCache | bool = True,
+    ) -> EditSession:
         """Load a session into the unedited model it was made with (:func:`nse_tools.io.load_session`)."""
         from nse_tools.io.saved_session import load_session
 
-        return load_session(path, model, **options)
+        return load_session(
+            path, model, force=force, upto=upto, autosave=autosave, moments=moments, progress=progress, value_cache=value_cache
+        )
 
     def export(
         self,

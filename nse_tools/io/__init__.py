@@ -1,7 +1,7 @@
 """Sessions, patches and exported models on disk."""
 
-from nse_tools.io._patch_manifest import BaseModel, LogitCheck, SharedEdit, SharedParameter
 from nse_tools.io._session_folder import SavedSession, SessionFolder
+from nse_tools.io._shared_edit import BaseModel, LogitCheck, SharedEdit, SharedParameter
 from nse_tools.io.export import export_patched, export_session
 from nse_tools.io.patch import apply_patch, inspect_patch, remove_patch, verify_patch
 from nse_tools.io.saved_session import holds_session, load_session, read_session, save_session, start_autosave

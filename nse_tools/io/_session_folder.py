@@ -1,4 +1,4 @@
-"""The head of a saved session: one small sealed file that names everything else, by its hash."""
+"""Keep a session in a folder: one file per round, and a small head (``session.json``) that names them all by their checksums."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import gc
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -21,58 +20,91 @@ from nse_tools._repr import table_html
 from nse_tools.editing.edit_round import EditRound
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StorageError
-from nse_tools.io._identity import ModelIdentity, MomentsIdentity
-from nse_tools.io.serialize import (
-    ABOUT,
-    MALFORMED,
-    Parts,
-    decode,
-    encode,
-    files_of,
-    from_json,
-    names_in,
-    round_from,
-    tensors_to_bytes,
-    to_json,
-)
+from nse_tools.io.serialize import NewerFormatError, json_document, read_json_document, read_tensor_document, tensor_document
 from nse_tools.methods.base import Method
-from nse_tools.models.files import digest_of_bytes, make_folder, remove_folder, remove_scratch, write_durably, write_folder_durably
+from nse_tools.models.editable_model import EditableModel
+from nse_tools.models.files import digest_of_bytes, make_folder, remove_scratch, write_durably
+from nse_tools.models.weights import bytes_of, config_text
 from nse_tools.tracing.contexts import Contexts
 from nse_tools.tracing.moments import SecondMoments
 
-FORMAT = 2
-"""Version of the layout on disk; a higher one is refused. 2: what a round replaces, how updates were rounded (1 is read without)."""
-MANIFEST, PREVIOUS = "session.json", "session.previous.json"
-_FOLDER = re.compile(r"\d{4,9}-[0-9a-f]{16}")
-OWN_FILE = re.compile(r"(scores\.csv|rounds\.csv|moments-[0-9a-f]{16}\.safetensors)")
+_log = logging.getLogger(__name__)
+HEAD, PREVIOUS = "session.json", "session.previous.json"
+_ROUNDS, _LOCK = "rounds", ".lock"
+_ROUND_FILE = re.compile(r"\d{4,9}-[0-9a-f]{16}\.safetensors")
+_OTHER_FILE = re.compile(r"(scores\.csv|rounds\.csv|moments-[0-9a-f]{16}\.safetensors)")
 """Names of the files that a head may name; no others are opened, and no others deleted."""
 
 
-class NewerFormatError(StorageError):
-    """A session that a newer version of nse_tools has written."""
+# ---- what a head says ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Identify a model: shape, and hashes of its unedited weights, configuration and vocabulary."""
+
+    name: str
+    kind: str
+    n_layers: int
+    d_model: int
+    d_ff: int
+    dtype: str
+    layers: Mapping[int, str] = field(repr=False)
+    parameters: str = field(repr=False)
+    config: str = field(repr=False)
+    vocabulary: str = field(repr=False)
+
+    @classmethod
+    def of(cls, model: EditableModel, layers: Sequence[int]) -> ModelIdentity:
+        """Return a model's identity; the originals of its edited layers must be kept."""
+        vocabulary = json.dumps(sorted(model.tokenizer.get_vocab().items()))
+        return cls(
+            name=model.name,
+            kind=type(model.hf).__name__,
+            n_layers=model.n_layers,
+            d_model=model.d_model,
+            d_ff=model.d_ff,
+            dtype=str(model.dtype),
+            layers={layer: digest_of_bytes(bytes_of(model.originals[layer])) for layer in layers},
+            parameters=model.originals.parameters_digest(),
+            config=digest_of_bytes(config_text(model).encode()),
+            vocabulary=digest_of_bytes(vocabulary.encode()),
+        )
+
+    def shape(self) -> str:
+        """Say what kind of model it is."""
+        return f"{self.kind} of {self.n_layers} layers, d_model {self.d_model}, d_ff {self.d_ff}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class MomentsIdentity:
+    """Identify key statistics C by a hash per layer; ``file`` is where they are kept, if they are."""
+
+    layers: Mapping[int, str] = field(repr=False)
+    n_tokens: int
+    source: str
+    file: str | None = None
+
+    @classmethod
+    def of(cls, moments: SecondMoments) -> MomentsIdentity:
+        """Return the identity of key statistics."""
+        layers = {layer: digest_of_bytes(bytes_of(moments[layer])) for layer in moments.layers}
+        return cls(layers, moments.n_tokens, moments.source)
+
+    def differing(self, other: MomentsIdentity) -> list[int]:
+        """Return the layers whose C is not the same there, or missing."""
+        return [layer for layer, digest in self.layers.items() if other.layers.get(layer) != digest]
 
 
 @dataclass(frozen=True)
 class RoundEntry:
-    """Where a round is.
+    """Name a round's file, its checksum, and the hash of the edited layers' weights after the round."""
 
-    Parameters
-    ----------
-    folder : str
-        Its folder within ``rounds``.
-    digest : str
-        Hash of its ``round.json``, which holds the hashes of its other files.
-    weights : str
-        Hash of the edited layers' weights after it.
-    """
-
-    folder: str
-    digest: str
+    file: str
+    checksum: str
     weights: str
 
 
 @dataclass(frozen=True)
-class Manifest:
+class SessionHead:
     """What a saved session is: everything but the rounds themselves.
 
     Parameters
@@ -80,7 +112,7 @@ class Manifest:
     model : ModelIdentity
         The model it belongs to.
     method : Method
-        The method, all its settings.
+        The method, with all its settings.
     contexts : Contexts, optional
         The contexts, once they are known.
     seed : int
@@ -92,7 +124,7 @@ class Manifest:
     rounds : tuple of RoundEntry
         The rounds in effect, in their order.
     tables : mapping of str to str
-        Further files and their hashes.
+        Names of the tables and their hashes.
     versions, machine : mapping of str to str
         With what, and where, it was last written.
     created, written : str
@@ -113,59 +145,13 @@ class Manifest:
     written: str
 
     def __post_init__(self) -> None:
-        names = [*self.tables, *([self.moments.file] if self.moments and self.moments.file else [])]
-        if bad := [name for name in names if not OWN_FILE.fullmatch(name)]:
-            raise ValueError(f"it names files {bad} that no session has")
-        if bad := [entry.folder for entry in self.rounds if not _FOLDER.fullmatch(entry.folder)]:
-            raise ValueError(f"it names folders {bad} that no round has")
-        if len({entry.folder for entry in self.rounds}) < len(self.rounds):
+        others = [*self.tables, *([self.moments.file] if self.moments and self.moments.file else [])]
+        if bad := [name for name in others if not _OTHER_FILE.fullmatch(name)]:
+            raise ValueError(f"it names files {bad!r:.120} that no session has")
+        if bad := [entry.file for entry in self.rounds if not _ROUND_FILE.fullmatch(entry.file)]:
+            raise ValueError(f"it names files {bad!r:.120} that no round has")
+        if len({entry.file for entry in self.rounds}) < len(self.rounds):
             raise ValueError("it names a round twice")
-
-
-def write_manifest(folder: Path, manifest: Manifest, known: bytes | None = None) -> bytes:
-    """Write a session's head in one step; the one before stays beside it, for the case that this one is damaged later."""
-    body = encode(replace(manifest, rounds=()), Parts())
-    body["rounds"] = [vars(entry) for entry in manifest.rounds]  # as encode would, many times faster: there may be thousands
-    sealed = to_json({"format": FORMAT, "checksum": _checksum(body), "session": body})
-    with suppress(StorageError, FileNotFoundError):  # a damaged head must not take the place of a good one
-        if known is None or (folder / MANIFEST).read_bytes() != known:
-            read_manifest(folder / MANIFEST)
-        write_durably(folder / PREVIOUS, (folder / MANIFEST).read_bytes())
-    write_durably(folder / MANIFEST, sealed)
-    return sealed
-
-
-def read_manifest(file: Path) -> Manifest:
-    """Read a session's head."""
-    try:
-        data = from_json(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise StorageError(f"{file.parent} holds no session: it has no {file.name}.") from None
-    except OSError as wrong:
-        raise StorageError(f"{file} cannot be read: {wrong.strerror or wrong}.") from wrong
-    except (ValueError, RecursionError) as wrong:
-        raise StorageError(f"{file} was changed or cut off since it was written: {wrong}.") from wrong
-    if not isinstance(data, dict) or type(data.get("format")) is not int:
-        raise StorageError(f"{file} is no session's: it has no format number.")
-    if data["format"] > FORMAT:
-        raise NewerFormatError(
-            f"{file} is of format {data['format']}; this version of nse_tools reads formats up to {FORMAT}. Update nse_tools to load it."
-        )
-    if data["format"] < 1 or data.get("checksum") != _checksum(data.get("session")):
-        raise StorageError(f"{file} was changed or damaged since it was written: its checksum does not match.")
-    try:
-        manifest: Manifest = decode(Manifest, data["session"], Parts())
-    except MALFORMED as wrong:
-        raise StorageError(f"{file} is not a session's head: {wrong}") from wrong
-    return manifest
-
-
-def _checksum(body: Any) -> str:
-    return digest_of_bytes(json.dumps(body, sort_keys=True, separators=(",", ":")).encode("ascii"))
-
-
-_log = logging.getLogger(__name__)
-_ROUNDS, _LOCK = "rounds", ".lock"
 
 
 @dataclass(frozen=True)
@@ -174,25 +160,25 @@ class SavedSession:
 
     Parameters
     ----------
-    about : Manifest
+    about : SessionHead
         What it is.
     rounds : tuple of EditRound
         Its rounds, oldest first.
-    lost : str, optional
+    left_out : str, optional
         What had to be left out at the end, and why.
     """
 
-    about: Manifest = field(repr=False)
+    about: SessionHead = field(repr=False)
     rounds: tuple[EditRound, ...]
-    lost: str | None = None
+    left_out: str | None = None
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a pass and layer, as the rounds' own tables have."""
-        return pd.concat([r.to_frame() for r in self.rounds], ignore_index=True) if len(self.rounds) else pd.DataFrame()
+        """Return one row per pass and layer of all rounds (:meth:`EditRound.to_frame`)."""
+        return pd.concat([r.to_frame() for r in self.rounds], ignore_index=True) if self.rounds else pd.DataFrame()
 
     def __repr__(self) -> str:
         facts = sum(len(done.facts) for done in self.rounds)
-        left_out = f"; lost: {self.lost}" if self.lost else ""
+        left_out = f"; left out: {self.left_out}" if self.left_out else ""
         return (
             f"SavedSession({self.about.model.name}: {len(self.rounds)} rounds, {facts} facts, {self.about.method!r}, "
             f"written {self.about.written}{left_out})"
@@ -202,27 +188,20 @@ class SavedSession:
         return table_html(self.to_frame(), head=self)
 
 
+# ---- the folder ------------------------------------------------------------------------------------------------------
 class SessionFolder:
-    """A session's folder. To write into it, hold it: one process at a time, and the hold ends with the process.
-
-    Parameters
-    ----------
-    path : str or Path
-        The folder.
-    """
+    """The folder of a session; to write into it, hold its lock (:meth:`hold`), which ends with the process."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: FileLock | None = None
-        self._kept: dict[EditRound, RoundEntry] = {}
-        self._swept = False
-        self._head: bytes | None = None
-        self._manifest: Manifest | None = None
+        self._head: SessionHead | None = None  # the last good one that was read or written
+        self._entries: dict[EditRound, RoundEntry] = {}
         self._moments: tuple[SecondMoments, MomentsIdentity] | None = None
 
     @classmethod
     def hold(cls, path: str | Path) -> SessionFolder:
-        """Open a folder for writing, until it is closed or the process ends; it is made where it is not there.
+        """Open a folder for writing, until it is closed or the process ends; make it where it is not there.
 
         Raises
         ------
@@ -232,7 +211,7 @@ class SessionFolder:
         folder = cls(path)
         try:
             make_folder(folder.path)
-            lock = _acquire(folder.path / _LOCK)
+            folder._lock = _acquire(folder.path / _LOCK)
         except Timeout:
             raise StorageError(
                 f"{folder.path} is in use: another process, or another session in this one, writes into it. Wait until it is done, end it "
@@ -240,7 +219,6 @@ class SessionFolder:
             ) from None
         except OSError as wrong:
             raise StorageError(f"{folder.path} cannot be written: {wrong}. Give a folder that can.") from wrong
-        folder._lock = lock
         return folder
 
     @property
@@ -249,7 +227,7 @@ class SessionFolder:
         return self._lock is not None
 
     def close(self) -> None:
-        """Let the folder go; what is in it stays, and nothing more is written into it."""
+        """Release the lock; nothing more is written into the folder."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -257,114 +235,110 @@ class SessionFolder:
     @property
     def exists(self) -> bool:
         """Whether there is a session in the folder."""
-        return (self.path / MANIFEST).exists() or (self.path / PREVIOUS).exists()
+        return (self.path / HEAD).exists() or (self.path / PREVIOUS).exists()
 
     def __repr__(self) -> str:
         return f"SessionFolder({str(self.path)!r}{', held' if self.held else ''})"
 
     # ---- reading -----------------------------------------------------------------------------------------------------
     def read(self, upto: int | None = None) -> SavedSession:
-        """Read the session, or its first rounds only.
-
-        What a crash has left half-written at the end is left out, with a warning.
-
-        Parameters
-        ----------
-        upto : int, optional
-            How many rounds to read; all by default.
+        """Read the session, or its first rounds only; what is damaged at the end is left out, with a warning.
 
         Raises
         ------
         StorageError
             If there is no session, or a round that later ones build upon is damaged or missing.
         """
-        manifest, lost = self._read_head()
-        n = len(manifest.rounds)
+        head, left_out = self._read_head()
+        n = len(head.rounds)
         if upto is not None and (not isinstance(upto, int) or not 0 <= upto <= n):
-            raise SettingError(f"upto={upto!r}: {self.path} has rounds 0 (unedited) to {n}.")
-        entries = manifest.rounds[:upto]
-        read = [self._try_round(entry) for entry in entries]
-        damaged = [number for number, found in enumerate(read, start=1) if isinstance(found, str)]
-        rounds = tuple(found for found in read[: damaged[0] - 1 if damaged else None] if isinstance(found, EditRound))
-        if damaged:
-            why = f"round {damaged[0]} of {n} is damaged ({read[damaged[0] - 1]})"
-            if len(damaged) < len(entries) - len(rounds):
+            raise SettingError(f"upto: expected one of the rounds 0 (unedited) to {n} of {self.path}, got {upto!r}.")
+        rounds: dict[int, EditRound] = {}
+        damages: dict[int, str] = {}
+        for number, entry in enumerate(head.rounds[:upto], start=1):
+            try:
+                rounds[number] = self._read_round(number, entry)
+            except StorageError as wrong:
+                damages[number] = str(wrong)
+        if damages:
+            first, reason = next(iter(damages.items()))
+            if max(rounds, default=0) > first:
                 raise StorageError(
-                    f"{self.path}: {why}, and later rounds, which are there, build upon it. Put the file back from a copy, or load what "
-                    f"was before it: EditSession.load(…, upto={damaged[0] - 1})."
+                    f"{self.path}: round {first} of {n} is damaged ({reason}), and later rounds, which are there, build upon it. Put the "
+                    f"file back from a copy, or load what was before it: EditSession.load(…, upto={first - 1})."
                 )
-            lost = "; ".join(filter(None, [lost, f"{why}, the last that is whole is round {len(rounds)}"]))
-        for number, done in enumerate(rounds, start=1):
-            if bad := [old for old in done.replaces if not 1 <= old.round < number]:
-                raise StorageError(f"{self.path}: round {number} says that it replaces {bad[0]}, which is no earlier round.")
-        if lost:
-            _log.warning("%s was not left in order: %s", self.path, lost)
-        # tables may tell of rounds that are left out
-        self._manifest = manifest if len(rounds) == n else replace(manifest, tables={})
-        self._kept = dict(zip(rounds, entries, strict=False))
-        return SavedSession(manifest, rounds, lost)
+            damage = f"round {first} of {n} is damaged ({reason}), the last that is whole is round {first - 1}"
+            left_out = "; ".join(filter(None, [left_out, damage]))
+        if left_out:
+            _log.warning("%s was not left in order: %s", self.path, left_out)
+        self._head = head
+        self._entries = dict(zip(rounds.values(), head.rounds, strict=False))
+        return SavedSession(head, tuple(rounds.values()), left_out)
 
-    def _read_head(self) -> tuple[Manifest, str | None]:
-        """Return the head or, where it is damaged, the one before, and what is lost."""
+    def _read_head(self) -> tuple[SessionHead, str | None]:
+        """Return the head or, where it is damaged, the one before, and why."""
+        if not self.exists:
+            raise StorageError(f"{self.path} holds no session: it has no {HEAD}.")
         try:
-            return read_manifest(self.path / MANIFEST), None
+            return read_json_document(self.path / HEAD, "session", SessionHead), None
         except NewerFormatError:
             raise
         except StorageError as wrong:
             try:
-                return read_manifest(self.path / PREVIOUS), f"{wrong} What was there before the last change is loaded"
+                previous = read_json_document(self.path / PREVIOUS, "session", SessionHead)
             except StorageError:
                 raise wrong from None
+            return previous, f"{wrong} What was there before the last change is loaded"
 
-    def _try_round(self, entry: RoundEntry) -> EditRound | str:
-        """Return a round or, where it is not what was written, what is wrong with it."""
-        place = self.path / _ROUNDS / entry.folder
-        try:
-            files = {ABOUT: self._read_file(place / ABOUT, entry.digest)}
-            files |= {name: self._read_file(place / name, digest) for name, digest in names_in(files[ABOUT]).items()}
-            done = round_from(files)
-        except OSError as wrong:
-            return f"{place.name}: {wrong.strerror or wrong}"
-        except MALFORMED as wrong:
-            return f"{place.name}: {wrong}"
-        return done if done.digest == entry.weights else f"{place.name}: it is another round"
+    def _read_round(self, number: int, entry: RoundEntry) -> EditRound:
+        done = read_tensor_document(self.path / _ROUNDS / entry.file, "round", EditRound, entry.checksum)
+        if done.digest != entry.weights or any(not 1 <= old.round < number for old in done.replaces):
+            raise StorageError(f"{entry.file} does not fit its place: it has other weights, or replaces facts of no earlier round")
+        return done
 
-    @staticmethod
-    def _read_file(file: Path, digest: str) -> bytes:
-        data = file.read_bytes()
-        if digest_of_bytes(data) != digest:
-            raise ValueError(f"{file.name} was changed or cut off since it was written")
-        return data
-
-    def read_table(self, name: str) -> bytes | None:
-        """Return one of the session's tables; None, with a warning where it is damaged, if it is not there."""
-        digest = self._manifest.tables.get(name) if self._manifest else None
-        if digest is None:
+    def read_table(self, name: str) -> str | None:
+        """Return one of the session's tables; None if it is not there or, with a warning, if it is damaged."""
+        checksum = self._head.tables.get(name) if self._head else None
+        if checksum is None:
             return None
         try:
-            return self._read_file(self.path / name, digest)
-        except (OSError, ValueError) as wrong:
+            data = (self.path / name).read_bytes()
+        except OSError as wrong:
             _log.warning("%s is not used: %s", self.path / name, wrong)
             return None
+        if digest_of_bytes(data) != checksum:
+            _log.warning("%s is not used: it was changed or cut off since it was written", self.path / name)
+            return None
+        return data.decode()
+
+    def read_moments(self, expected: MomentsIdentity) -> SecondMoments | None:
+        """Return the key statistics that are kept with the session, if they are those it was made with."""
+        if expected.file is None:
+            return None
+        try:
+            moments = read_tensor_document(self.path / expected.file, "key statistics", SecondMoments)
+            if expected.differing(MomentsIdentity.of(moments)):
+                raise StorageError(f"{self.path / expected.file}: they are other ones.")
+        except StorageError as wrong:
+            _log.warning("the saved key statistics are not used (%s); computing them again", wrong)
+            return None
+        return moments
 
     # ---- writing -----------------------------------------------------------------------------------------------------
     def keep(self, session: EditSession, rounds: Sequence[EditRound]) -> None:
-        """Make the folder hold these rounds of a session, all of them or, if anything goes wrong, those it held before.
+        """Make the folder hold these rounds, all of them or, if anything goes wrong, those it held; they are on disk afterwards.
 
-        When this returns, they are on disk. A folder that was closed is left as it is.
+        A folder that was closed is left as it is.
 
         Raises
         ------
         StorageError
             If the disk is full or cannot be written.
         """
-        if not self.held:
-            return
-        same = len(rounds) >= len(self._kept) and all(new is old for new, old in zip(rounds, self._kept, strict=False))
-        tables = self._manifest.tables if self._manifest and same else {}
-        self._guarded(lambda: self._write(session, rounds, tables), f"{session.model.name} has the weights of round {len(session)}")
+        if self.held:
+            self._write(session, rounds)
 
-    def write_all(self, session: EditSession, tables: Mapping[str, bytes], *, moments: SecondMoments | None = None) -> None:
+    def write_all(self, session: EditSession, tables: Mapping[str, str], moments: SecondMoments | None = None) -> None:
         """Make the folder hold a session with tables and, if they are given, its key statistics.
 
         Raises
@@ -372,72 +346,87 @@ class SessionFolder:
         StorageError
             If the disk is full or cannot be written.
         """
+        self._write(session, session.rounds, tables, moments)
 
-        def write() -> None:
-            if moments is not None:
-                self._write_moments(moments)
-            for name, data in tables.items():
-                write_durably(self.path / name, data)
-            self._write(session, session.rounds, {name: digest_of_bytes(data) for name, data in tables.items()})
-
-        self._guarded(write, "the session is as it was")
-
-    def _guarded(self, write: Callable[[], None], state: str) -> None:
-        """Write; if that fails or is interrupted, the head says again what it said."""
-        if not self._swept:  # only now: until the session has let go of what was taken back, an interrupt may bring it back
-            self._sweep()
-        self._swept = False
-        head = self.path / MANIFEST
-        before = head.read_bytes() if head.exists() else None
+    def _write(
+        self,
+        session: EditSession,
+        rounds: Sequence[EditRound],
+        tables: Mapping[str, str] | None = None,
+        moments: SecondMoments | None = None,
+    ) -> None:
+        """Write rounds, tables and head; if that fails or is interrupted, the head says again what it said."""
+        self._sweep()  # not after writing: until the session has let go of undone rounds, an interrupt may bring them back
+        place = self.path / HEAD
+        before = place.read_bytes() if place.exists() else None
         try:
-            write()
+            entries = [self._entries.get(done) or self._write_round(number, done) for number, done in enumerate(rounds, start=1)]
+            identity = self._write_moments(moments) if moments else self._known_moments(session)
+            head = self._head_of(session, entries, identity, self._write_tables(entries, tables))
+            if self._head is not None:
+                write_durably(self.path / PREVIOUS, json_document("session", self._head))
+            write_durably(place, json_document("session", head))
         except BaseException as wrong:
             with suppress(OSError):
-                _put_back(head, before)
+                _put_back(place, before)
             self._sweep()
             if not isinstance(wrong, OSError):
                 raise
             raise StorageError(
-                f"{self.path} could not be written: {wrong}. Nothing is half-done: {state}, and the folder holds what it held. Make room "
-                "or give the right to write there, and try again; or go on without it: session.autosave.close()."
+                f"{self.path} could not be written: {wrong}. Nothing is half-done: the model has the weights of round {len(session)}, and "
+                "the folder holds what it held. Make room or give the right to write there, and try again; or go on without it: "
+                "session.autosave.close()."
             ) from wrong
-
-    def _write(self, session: EditSession, rounds: Sequence[EditRound], tables: Mapping[str, str]) -> None:
-        before = self._manifest
-        entries = [self._kept.get(done) or self._write_round(number, done) for number, done in enumerate(rounds, start=1)]
-        manifest = self._manifest_of(session, entries, tables)
-        self._head = write_manifest(self.path, manifest, self._head)
-        self._manifest, self._kept = manifest, dict(zip(rounds, entries, strict=True))
-        # nothing was taken back and nothing replaced: there is nothing to sweep before the next writing
-        self._swept = before is not None and (before.tables, before.moments, before.rounds) == (
-            manifest.tables,
-            manifest.moments,
-            manifest.rounds[: len(before.rounds)],
-        )
+        self._head, self._entries = head, dict(zip(rounds, entries, strict=True))
+        if moments and identity:
+            self._moments = moments, identity
 
     def _write_round(self, number: int, done: EditRound) -> RoundEntry:
-        """Write a round, unless it is there already, and return where it is."""
-        files = files_of(done)
-        digest = digest_of_bytes(files[ABOUT])
-        entry = RoundEntry(f"{number:04d}-{digest[:16]}", digest, done.digest)
-        place = self.path / _ROUNDS / entry.folder
-        if place.exists() and isinstance(self._try_round(entry), str):
-            remove_folder(place)
-        if not place.exists():
-            write_folder_durably(place, files)
+        """Write a round, unless it is there already."""
+        data, checksum = tensor_document("round", done)
+        entry = RoundEntry(f"{number:04d}-{checksum[:16]}.safetensors", checksum, done.digest)
+        try:
+            self._read_round(number, entry)
+        except StorageError:
+            write_durably(self.path / _ROUNDS / entry.file, data)
         return entry
 
-    def _manifest_of(self, session: EditSession, entries: Sequence[RoundEntry], tables: Mapping[str, str]) -> Manifest:
-        now, (contexts, moments) = datetime.now(UTC).isoformat(timespec="seconds"), session.known_inputs()
-        before = self._manifest
-        model = before.model if before else ModelIdentity.of(session.model, session.method.layers)
-        return Manifest(
-            model=model,
+    def _write_tables(self, entries: Sequence[RoundEntry], tables: Mapping[str, str] | None) -> Mapping[str, str]:
+        """Write tables and return their hashes; without any, those that are there stay, unless they are of rounds that are not."""
+        if tables is None:
+            return self._head.tables if self._head and tuple(entries[: len(self._head.rounds)]) == self._head.rounds else {}
+        for name, text in tables.items():
+            write_durably(self.path / name, text.encode())
+        return {name: digest_of_bytes(text.encode()) for name, text in tables.items()}
+
+    def _write_moments(self, moments: SecondMoments) -> MomentsIdentity:
+        data, checksum = tensor_document("key statistics", moments)
+        file = f"moments-{checksum[:16]}.safetensors"
+        write_durably(self.path / file, data)
+        return replace(self._identify(moments), file=file)
+
+    def _known_moments(self, session: EditSession) -> MomentsIdentity | None:
+        moments = session.known_inputs()[1]
+        return self._identify(moments) if moments else self._head.moments if self._head else None
+
+    def _identify(self, moments: SecondMoments) -> MomentsIdentity:
+        """Return the identity of key statistics, with their file where they are those of the head; hash them once."""
+        if self._moments is None or self._moments[0] is not moments:
+            identity, before = MomentsIdentity.of(moments), self._head.moments if self._head else None
+            self._moments = moments, before if before and before.layers == identity.layers else identity
+        return self._moments[1]
+
+    def _head_of(
+        self, session: EditSession, entries: Sequence[RoundEntry], moments: MomentsIdentity | None, tables: Mapping[str, str]
+    ) -> SessionHead:
+        now, before = datetime.now(UTC).isoformat(timespec="seconds"), self._head
+        return SessionHead(
+            model=before.model if before else ModelIdentity.of(session.model, session.method.layers),
             method=session.method,
-            contexts=contexts,
+            contexts=session.known_inputs()[0],
             seed=session.seed,
-            moments=self._identify(moments) if moments else before.moments if before else None,
-            unedited=before.unedited if before else session.timeline.original,
+            moments=moments,
+            unedited=session.timeline.original,
             rounds=tuple(entries),
             tables=tables,
             versions=versions(),
@@ -446,35 +435,16 @@ class SessionFolder:
             written=now,
         )
 
-    def _identify(self, moments: SecondMoments) -> MomentsIdentity:
-        if self._moments is None or self._moments[0] is not moments:
-            identity, before = MomentsIdentity.of(moments), self._manifest.moments if self._manifest else None
-            if before and not identity.differing(before) and not before.differing(identity):
-                identity = before
-            self._moments = moments, identity
-        return self._moments[1]
-
-    def _write_moments(self, moments: SecondMoments) -> None:
-        identity = self._identify(moments)
-        data, _ = tensors_to_bytes({str(layer): moments[layer] for layer in moments.layers})
-        file = f"moments-{digest_of_bytes(data)[:16]}.safetensors"
-        write_durably(self.path / file, data)
-        self._moments = moments, replace(identity, file=file)
-
     def _sweep(self) -> None:
-        """Delete what the head does not name: rounds that were taken back, old tables, and what killed processes left."""
+        """Delete what the head does not name: undone rounds, old tables, and what killed processes left."""
         with suppress(OSError, StorageError):  # leftovers cost room, nothing else; the next time takes them away
-            head = read_manifest(self.path / MANIFEST)
-            in_effect = {entry.folder for entry in head.rounds}
-            for folder in (self.path / _ROUNDS).glob("[0-9]*-*"):
-                if folder.name not in in_effect:
-                    remove_folder(folder)
-            named = {*head.tables, head.moments.file if head.moments else None}
-            for file in self.path.iterdir():
-                if OWN_FILE.fullmatch(file.name) and file.name not in named:
-                    file.unlink()
-            for place in (self.path, self.path / _ROUNDS):
+            head = self._head or read_json_document(self.path / HEAD, "session", SessionHead)
+            named = {*(entry.file for entry in head.rounds), *head.tables, head.moments.file if head.moments else None}
+            for place, own in ((self.path / _ROUNDS, _ROUND_FILE), (self.path, _OTHER_FILE)):
                 remove_scratch(place)
+                for file in place.iterdir() if place.exists() else ():
+                    if own.fullmatch(file.name) and file.name not in named:
+                        file.unlink()
 
 
 def _acquire(file: Path) -> FileLock:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,9 +17,10 @@ from nse_tools.errors import MissingPackageError, ModelError
 from nse_tools.models import embedded
 from nse_tools.models.architecture import Architecture
 from nse_tools.models.editable_model import EditableModel
-from nse_tools.models.headers import HeaderError, check_gguf, check_weights_folder
 
 _log = logging.getLogger(__name__)
+_BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, MemoryError)
+"""What reading a broken index or GGUF file raises."""
 
 
 def load_model(
@@ -93,11 +97,11 @@ def load_model(
 def _from_name(
     source: str | Path, dtype: torch.dtype | None, placed: Mapping[str, Any], progress: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    place, gguf = _place(source, progress)
-    extra = {"gguf_file": gguf} if gguf else {}
-    _check_headers(Path(place), gguf)
+    place, gguf_file = _place(source, progress)
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    _check_files(Path(place), gguf_file)
     given = {name: value for name, value in placed.items() if value is not None}
-    if gguf:  # packed blocks let no gradient through
+    if gguf_file:  # packed blocks let no gradient through
         given.setdefault("quantization_config", GgufConfig(dequantize=True))
     try:
         hf = AutoModelForCausalLM.from_pretrained(place, dtype=dtype or "auto", **extra, **given)
@@ -113,19 +117,38 @@ def _from_name(
             f"Expected {embedded.NAME!r}, a hub id such as 'openai-community/gpt2', a local folder with config.json and safetensors, "
             "or a .gguf file."
         ) from wrong
-    return hf, tokenizer, Path(source).stem if gguf else str(source)
+    return hf, tokenizer, Path(source).stem if gguf_file else str(source)
 
 
-def _check_headers(place: Path, gguf: str | None) -> None:
-    """Refuse local weights whose headers do not describe their files, before a reader believes them."""
+def _check_files(place: Path, gguf_file: str | None) -> None:
+    """Refuse local files that the libraries which read them would follow anywhere or for ever."""
     try:
-        if gguf:
-            check_gguf(place / gguf)
-        elif place.is_dir():
-            check_weights_folder(place)
-    except HeaderError as wrong:
-        where = place / gguf if gguf else place
-        raise ModelError(f"The weights in {where} cannot be read: {wrong}. Get the file anew; a download may have been cut off.") from wrong
+        if gguf_file:
+            _StrictGGUFReader(place / gguf_file)
+        for index in sorted(place.glob("*.safetensors.index.json")) if place.is_dir() else ():
+            _check_index(index)
+    except _BROKEN as wrong:
+        where = place / gguf_file if gguf_file else place
+        raise ModelError(
+            f"The weights in {where} cannot be read: {wrong}. Get the file again; a download may have been cut off."
+        ) from wrong
+
+
+def _check_index(file: Path) -> None:
+    """Refuse an index whose shards are not files next to it: transformers reads them from anywhere."""
+    for shard in json.loads(file.read_bytes())["weight_map"].values():
+        if not isinstance(shard, str) or shard in ("", "..") or Path(shard).name != shard or "\\" in shard:
+            raise ValueError(f"{file.name}: {shard!r:.80} is not the name of a file in this folder")
+
+
+class _StrictGGUFReader(gguf.GGUFReader):
+    """Read a GGUF file, and refuse lengths beyond its end: with those, the usual reader goes on as if for ever."""
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) < int(count):
+            raise ValueError(f"at byte {offset} it claims {count} more numbers, and the file has {len(self.data)} bytes")
+        return values
 
 
 def _place(source: str | Path, progress: bool) -> tuple[str, str | None]:

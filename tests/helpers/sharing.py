@@ -16,7 +16,7 @@ from helpers.models import CONTEXTS, FACTS, build, moments_for, varied
 from nse_tools import methods
 from nse_tools.data.fact_list import FactList
 from nse_tools.editing.session import EditSession
-from nse_tools.io._patch_file import checksum
+from nse_tools.io.serialize import checksum_of
 from nse_tools.models.editable_model import EditableModel
 
 LAYERS = (0, 2)
@@ -57,18 +57,19 @@ def forge(
     *,
     manifest: Callable[[dict[str, Any]], Any] | None = None,
     tensors: Callable[[dict[str, Tensor]], Any] | None = None,
-    metadata: Callable[[dict[str, str]], Any] | None = None,
+    record: Callable[[dict[str, Any]], Any] | None = None,
+    document: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Path:
-    """Change a patch as somebody would who knows the format: each function changes its argument; the checksum is made to match."""
-    held, about = contents(file)
-    said = json.loads(about["nse_patch"])
-    del said["checksum"]
-    for change, what in ((manifest, said), (tensors, held)):
+    """Change a patch as somebody would who knows the format: each function changes its argument; the checksum is made to match.
+
+    ``manifest`` gets what the patch says about itself, ``record`` that and what its tensors are, ``document`` the whole text.
+    """
+    stored, about = contents(file)
+    text = json.loads(about["nse_tools"])
+    for change, what in ((manifest, text["record"]["edit"]), (record, text["record"]), (tensors, stored), (document, text)):
         if change is not None:
             change(what)
-    said["checksum"] = checksum(said, sorted(held), held.__getitem__)
-    about["nse_patch"] = json.dumps(said)
-    if metadata is not None:
-        metadata(about)
-    save_file(held, to, metadata=about)
+    if "record" in text:
+        text["checksum"] = checksum_of("patch", text["record"], stored)
+    save_file(stored, to, metadata={"nse_tools": json.dumps(text)})
     return to

@@ -174,7 +174,7 @@ def test_an_interrupted_overwrite_leaves_the_old_folder(why: BaseException, tmp_
     def breaking(*_: object) -> None:
         raise why
 
-    for owner, attribute in ((checkpoint, "_check_checkpoint"), (checkpoint, "total_size")):
+    for owner, attribute in ((checkpoint, "_check_model"), (checkpoint, "write_manifest")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, attribute, breaking)
             with pytest.raises(ExportError if isinstance(why, OSError) else KeyboardInterrupt, match="No space|stop"):

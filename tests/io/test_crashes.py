@@ -61,7 +61,7 @@ def kill_and_resume(children: Start, path: Path, kills: int, n_facts: int, seed:
             seen.append(len(read_session(folder).rounds) if SessionFolder(folder).exists else 0)
             continue
         saved = read_session(folder)
-        assert saved.lost is None
+        assert saved.left_out is None
         assert_same(saved.rounds, whole.rounds)
         assert same_weights(weights_of(load(folder, build()).model), state)
         finished += 1
@@ -150,7 +150,7 @@ def test_killed_at_any_step_of_writing_it_is_one_state_or_the_other(
             found.append(())
             continue
         loaded = load(state, model, autosave=True)
-        assert not SessionFolder(state).read().lost
+        assert not SessionFolder(state).read().left_out
         wanted = after if len(loaded) == len(after) else before
         assert_same(loaded.rounds, wanted, ignoring=())
         assert digest_of(model, LAYERS) == (wanted[-1].digest if wanted else loaded.weights_at(0) and digest_of(build(), LAYERS))
@@ -196,7 +196,7 @@ def test_a_power_cut_in_any_file_leads_back_to_a_complete_round_or_to_a_clear_er
     folder, session = kept
     model, unedited = build(), digest_of(build(), LAYERS)
     files = sorted(f.relative_to(folder) for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
-    assert len(files) == 3 * 5 + 5
+    assert len(files) == 3 + 5
     for number, file in enumerate(files):
         copy = tmp_path / str(number)
         shutil.copytree(folder, copy)
@@ -224,7 +224,7 @@ def test_a_power_cut_in_any_file_leads_back_to_a_complete_round_or_to_a_clear_er
         loaded.autosave.close()
         if damage == "cut in half":
             assert len(read_session(copy).rounds) == 4
-            assert read_session(copy).lost is None
+            assert read_session(copy).left_out is None
         loaded.rewind(to=0)
 
 
@@ -237,23 +237,23 @@ def test_a_head_that_is_lost_leads_back_by_one_change(kept: tuple[Path, EditSess
     session.autosave.close()
     loaded = load(tmp_path / "run", model, autosave=True)
     assert len(loaded) == 1
-    assert "session.json was changed or cut off" in str(SessionFolder(tmp_path / "run").read().lost)
+    assert "session.json cannot be read" in str(SessionFolder(tmp_path / "run").read().left_out)
     assert loaded.edit(ROUNDS[1]).digest == session.rounds[1].digest
     loaded.autosave.close()
     for name in ("session.json", "session.previous.json"):
         (tmp_path / "run" / name).write_bytes(b"{")
-    with pytest.raises(StorageError, match="session.json was changed or cut off"):
+    with pytest.raises(StorageError, match="session.json cannot be read"):
         load(tmp_path / "run", build())
 
 
 def test_several_rounds_lost_at_the_end_are_one_torn_tail(kept: tuple[Path, EditSession], tmp_path: Path) -> None:
     folder, session = kept
     shutil.copytree(folder, tmp_path / "run")
-    for place in sorted((tmp_path / "run" / "rounds").iterdir())[1:]:
-        shutil.rmtree(place)
+    for file in sorted((tmp_path / "run" / "rounds").iterdir())[1:]:
+        file.unlink()
     saved = read_session(tmp_path / "run")
     assert len(saved.rounds) == 1
-    assert "the last that is whole is round 1" in str(saved.lost)
+    assert "the last that is whole is round 1" in str(saved.left_out)
     assert load(tmp_path / "run", build()).edit(ROUNDS[1]).digest == session.rounds[1].digest
 
 

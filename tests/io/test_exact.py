@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nse_tools.io._patch_file import _split, add_product, exact_product, same_bits
+from nse_tools.io.patch import _split, add_product, exact_product, same_bits
 
 
 def factors(rows: int, rank: int, columns: int, seed: int, spread: float = 2.0) -> tuple[Tensor, Tensor]:

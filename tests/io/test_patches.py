@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from helpers.models import FACTS, NAMES, build
 from helpers.sharing import FIRST, LAYERS, METHOD, SECOND, contents, edited, forge, same, weights_of
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import ExportError, PatchError, SettingError, StateError
-from nse_tools.io import patch as applying
 from nse_tools.io import patch as patching
 from nse_tools.io.export import export_patched
+from nse_tools.io.serialize import FORMAT
 from nse_tools.models import files as places
 from nse_tools.models.weights import copy_of
 
@@ -62,27 +63,30 @@ def test_whatever_the_method_and_dtype(way: str, dtype: torch.dtype, tmp_path: P
 
 
 def test_the_file_holds_the_recorded_updates(tmp_path: Path) -> None:
-    """The format read by hand: factors, columns and packed masks, replayed in plain float64."""
+    """The format read by hand: factors, columns and packed masks, added in plain float64."""
     session = edited(post_process=["keep_largest"], keep_share=0.5)
     written = session.export(tmp_path / "edit", "patch")
     tensors, about = contents(tmp_path / "edit")
-    assert about.keys() == {"nse_patch"}
-    for p in written.parameters:
+    assert about.keys() == {"nse_tools"}
+    document = json.loads(about["nse_tools"])
+    for number, p in enumerate(written.parameters):
         weight, d_ff = build().weight(p.layer).double().clone(), p.shape[1]
         updates = [u for r in session.rounds for u in r.updates if u.layer == p.layer]
-        assert len(p.steps) == len(updates)
-        for i, step in enumerate(p.steps):
-            left, right = tensors[f"{p.layer}.{i}.left"], tensors[f"{p.layer}.{i}.right"]
+        assert p.updates == len(updates)
+        for i, stored in enumerate(document["record"]["changes"][number]["updates"]):
+            name = f"changes.{number}.updates.{i}"
+            left, right = tensors[f"{name}.left"], tensors[f"{name}.right"]
             assert torch.equal(left, updates[i].left)
             assert torch.equal(right, updates[i].right)
-            columns = tensors.get(f"{p.layer}.{i}.columns", torch.arange(d_ff)).long()
-            bits = [int(b) >> (7 - k) & 1 for b in tensors[f"{p.layer}.{i}.kept"] for k in range(8)]
-            kept = torch.tensor(bits[: p.shape[0] * step.columns]).view(p.shape[0], -1)
+            columns = tensors.get(f"{name}.columns", torch.arange(d_ff)).long()
+            bits = [int(b) >> (7 - k) & 1 for b in tensors[f"{name}.kept"] for k in range(8)]
+            assert stored["kept"] == {"tensor": f"{name}.kept", "mask": [p.shape[0], len(columns)]}
+            kept = torch.tensor(bits[: p.shape[0] * len(columns)]).view(p.shape[0], -1)
             weight[:, columns] += (left.double() @ right.double()) * kept
         assert torch.allclose(weight, session.model.weight(p.layer).double(), rtol=1e-6, atol=1e-6)
-    manifest = json.loads(about["nse_patch"])
-    assert manifest["version"] == "1"
-    assert [[f["id"] for f in facts] for facts in manifest["rounds"]] == [["middle"], ["start"]]
+    assert document["format"] == FORMAT
+    manifest = document["record"]["edit"]
+    assert [[f["id"] for f in batch["facts"]] for batch in manifest["rounds"]] == [["middle"], ["start"]]
     assert manifest["method"]["schedule"]["upper_bound"] == "inf"
 
 
@@ -105,17 +109,11 @@ def test_last_bits_that_the_factors_do_not_give_are_stored(tmp_path: Path) -> No
     weight[4, 0] = torch.nextafter(weight[4, 0], torch.tensor(-9.0))
     about = nse.inspect_patch(edited().export(tmp_path / "plain", "patch").path)
     assert [p.fixes for p in about.parameters] == [0, 0]
-    written = patching.export_patch(session.model, session.rounds, about_of(about, tmp_path / "edit"), overwrite=False)
+    written = patching.export_patch(session.model, session.rounds, replace(about, path=tmp_path / "edit"), overwrite=False)
     assert [p.fixes for p in written.parameters] == [0, 2]
     fresh = build()
     nse.apply_patch(fresh, tmp_path / "edit")
     assert same(weights_of(fresh), weights_of(session.model))
-
-
-def about_of(edit, path: Path):
-    from dataclasses import replace
-
-    return replace(edit, path=path)
 
 
 def test_the_same_session_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -205,11 +203,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     session.export(file, "patch", round=1)
     before = file.read_bytes()
 
-    def breaking(edit, tensors, new) -> None:
-        new.write_bytes(b"half")
+    def breaking(self: Path, data: bytes) -> None:
+        with self.open("wb") as new:
+            new.write(data[:100])
         raise why
 
-    monkeypatch.setattr(patching, "write_patch", breaking)
+    monkeypatch.setattr(patching.Path, "write_bytes", breaking)
     with pytest.raises(ExportError if isinstance(why, OSError) else KeyboardInterrupt, match="No space left" if why.args else None):
         session.export(file, "patch", overwrite=True)
     assert file.read_bytes() == before
@@ -217,13 +216,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
 
 
 def test_a_patch_that_does_not_give_the_weights_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = patching.write_patch
+    real = patching.tensor_document
 
-    def wrong(edit, tensors, new) -> None:
-        name = next(n for n in tensors if n.endswith("left"))
-        real(edit, {**tensors, name: tensors[name] * 1.01}, new)
+    def wrong(kind: str, patch: patching.Patch) -> tuple[bytes, str]:
+        update = patch.changes[0].updates[0]
+        change = replace(patch.changes[0], updates=(replace(update, left=update.left * 1.01), *patch.changes[0].updates[1:]))
+        return real(kind, replace(patch, changes=(change, *patch.changes[1:])))
 
-    monkeypatch.setattr(patching, "write_patch", wrong)
+    monkeypatch.setattr(patching, "tensor_document", wrong)
     with pytest.raises(ExportError, match="does not come back.*the manifest promises"):
         edited().export(tmp_path / "edit", "patch")
     assert not list(tmp_path.iterdir())
@@ -296,7 +296,7 @@ def test_only_what_was_applied_can_be_removed(patch: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
 def test_applying_is_all_or_nothing(kind: type, patch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, real, calls = build(), applying.write_weights, []
+    model, real, calls = build(), patching.write_weights, []
     state = weights_of(model)
 
     def breaking(target, weights) -> None:
@@ -306,7 +306,7 @@ def test_applying_is_all_or_nothing(kind: type, patch: Path, monkeypatch: pytest
             raise kind("stop")
         real(target, weights)
 
-    monkeypatch.setattr(applying, "write_weights", breaking)
+    monkeypatch.setattr(patching, "write_weights", breaking)
     with pytest.raises(kind, match="stop"):
         nse.apply_patch(model, patch)
     assert calls == [[0, 2], [0, 2]]

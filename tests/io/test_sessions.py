@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
@@ -14,15 +15,14 @@ import torch
 import nse_tools
 from helpers.kept import LAYERS, METHOD, METHODS, assert_same, load, many_facts, same_weights, session_of, weights_of
 from helpers.models import CONTEXTS, FACTS, NAMES, build, moments_for, tokenizer
+from helpers.sharing import contents
 from nse_tools.data.fact import Fact
 from nse_tools.data.fact_list import FactList
-from nse_tools.data.readers import load_facts
 from nse_tools.editing.session import EditSession
 from nse_tools.errors import SettingError, StateError, StorageError
-from nse_tools.io import _session_folder as manifest
 from nse_tools.io import saved_session as sessions
 from nse_tools.io.saved_session import holds_session, read_session
-from nse_tools.io.serialize import ABOUT, files_of, round_from
+from nse_tools.io.serialize import FORMAT
 from nse_tools.models.files import SCRATCH
 from nse_tools.tracing.corpus import Corpus
 from nse_tools.tracing.moments import second_moments
@@ -145,13 +145,15 @@ def test_undo_and_rewind_are_kept_too(tmp_path: Path) -> None:
 def test_what_is_on_disk_can_be_read_without_nse_tools(tmp_path: Path) -> None:
     session = session_of(autosave=tmp_path)
     done = session.edit(ROUNDS[0])
-    place = next((tmp_path / "rounds").iterdir())
     head = json.loads((tmp_path / "session.json").read_text())
-    assert head["format"] == manifest.FORMAT == 2
-    assert head["session"]["method"]["neurons"]["neuron_threshold"] == METHOD.neurons.neuron_threshold
-    assert load_facts(place / "facts.json") == ROUNDS[0]
-    pd.testing.assert_frame_equal(pd.read_csv(place / "residuals.csv", dtype={"layer": "Int64"}), done.residuals(), check_dtype=False)
-    assert pd.read_csv(place / "value_search.csv").fact.unique().tolist() == ROUNDS[0].ids
+    assert head["format"] == FORMAT
+    assert head["record"]["method"]["neurons"]["neuron_threshold"] == METHOD.neurons.neuron_threshold
+    tensors, about = contents(next((tmp_path / "rounds").iterdir()))
+    record = json.loads(about["nse_tools"])["record"]
+    assert [Fact.from_dict(fact) for fact in record["facts"]["facts"]] == list(ROUNDS[0])
+    assert torch.equal(tensors["values.z"], done.values.z)
+    trace = pd.read_csv(io.StringIO(record["values"]["trace"]["csv"]), float_precision="round_trip")
+    pd.testing.assert_frame_equal(trace, done.values.trace, check_exact=True)
     assert not [file for file in tmp_path.rglob("*") if file.suffix in (".pt", ".pkl", ".bin", ".npy")]
 
 
@@ -266,8 +268,8 @@ def test_weights_that_do_not_come_out_the_same_are_refused(saved: Path, monkeypa
 
 def test_a_newer_format_is_refused_even_where_an_older_head_is_there(saved: Path) -> None:
     head = json.loads((saved / "session.json").read_text())
-    (saved / "session.json").write_text(json.dumps({**head, "format": manifest.FORMAT + 1}))
-    with pytest.raises(StorageError, match=f"format {manifest.FORMAT + 1}.*Update nse_tools"):
+    (saved / "session.json").write_text(json.dumps({**head, "format": FORMAT + 1}))
+    with pytest.raises(StorageError, match=f"got {FORMAT + 1}.*Update nse_tools"):
         load(saved, build())
 
 
@@ -275,7 +277,7 @@ def test_a_folder_without_a_session_and_rounds_that_are_not_there(saved: Path, t
     for nothing in (tmp_path, tmp_path / "nowhere", saved / "session.json"):
         with pytest.raises(StorageError, match="holds no session"):
             load(nothing, build())
-    with pytest.raises(SettingError, match="rounds 0 .unedited. to 3"):
+    with pytest.raises(SettingError, match="rounds 0 .unedited. to 3 .*got 4"):
         load(saved, build(), upto=4)
     session = load(saved, build(), upto=1, autosave=True)
     assert len(session) == 1
@@ -340,17 +342,3 @@ def test_sampled_statistics_are_computed_again_and_compared(tmp_path: Path, monk
 def _corpus(model) -> Corpus:
     draw = torch.Generator().manual_seed(0)
     return Corpus(tuple(tuple(torch.randint(5, 300, (20,), generator=draw).tolist()) for _ in range(40)), "random tokens")
-
-
-def test_rounds_and_heads_of_format_1_are_read(tmp_path: Path) -> None:
-    """They do not say what a round replaces."""
-    session = session_of(autosave=tmp_path)
-    done = session.edit(ROUNDS[0])
-    session.autosave.close()
-    head = json.loads((tmp_path / "session.json").read_text())
-    (tmp_path / "session.json").write_text(json.dumps({**head, "format": 1}))
-    assert len(read_session(tmp_path).rounds) == 1
-    files = files_of(done)
-    about = json.loads(files[ABOUT])
-    assert about["round"].pop("replaces") == []
-    assert round_from({**files, ABOUT: json.dumps(about).encode()}).replaces == ()

@@ -1,4 +1,4 @@
-"""Model files with broken or hostile headers: refused at once, with the file and what is wrong in it."""
+"""Model files with broken or hostile headers, as nse_tools/models/loading.py meets them: refused at once, with what is wrong."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from helpers.models import build, tokenizer
 from nse_tools.errors import ModelError
-from nse_tools.models.headers import HeaderError, check_gguf, check_weights_folder, parse_json, read_safetensors_header
-from nse_tools.models.loading import load_model
+from nse_tools.models.loading import _BROKEN, _StrictGGUFReader, load_model
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,7 @@ def folder(_folder_once: Path, tmp_path: Path) -> Path:
 
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
-def test_the_header_says_what_the_library_reads(folder: Path) -> None:
-    header, tensors = read_safetensors_header(folder / "model.safetensors"), load_file(folder / "model.safetensors")
-    assert header.tensors.keys() == tensors.keys()
-    assert all(header.tensors[name].shape == tuple(t.shape) for name, t in tensors.items())
-    assert {entry.dtype for entry in header.tensors.values()} == {"F32"}
-    check_weights_folder(folder)
+def test_a_good_folder_is_loaded(folder: Path) -> None:
     assert load_model(folder).n_layers == 4
 
 
@@ -67,23 +62,33 @@ def damaged(kind: str, data: bytes) -> bytes:
 
 
 SAFETENSORS = {
-    "cut": "truncated or damaged",
-    "length": "header claims 9223372036854775808 bytes",
-    "no JSON": "not JSON",
-    "pickle": "header claims|not JSON",
-    "huge": r"shape \[1099511627776, 4194304\] and dtype F32 cannot have 5120 bytes",
-    "outside": "overlap or leave a gap",
-    "overlap": "overlap or leave a gap",
+    "cut": "file not fully covered",
+    "length": "header too large",
+    "no JSON": "invalid JSON in header",
+    "pickle": "invalid header length|header too large",
+    "huge": "overflow computing buffer size",
+    "outside": "invalid offset for tensor",
+    "overlap": "invalid offset for tensor",
 }
 
 
 @pytest.mark.parametrize("kind", SAFETENSORS)
 def test_safetensors_that_do_not_hold_what_they_claim(kind: str, folder: Path) -> None:
+    """The library refuses them by itself."""
     file = folder / "model.safetensors"
     file.write_bytes(damaged(kind, file.read_bytes()))
-    with pytest.raises(
-        ModelError, match=rf"weights in .*model cannot be read: model.safetensors: .*({SAFETENSORS[kind]}).*Get the file anew"
-    ):
+    with pytest.raises(ModelError, match=rf"Could not load .*({SAFETENSORS[kind]}).*damaged or cut off, fetch it again"):
+        load_model(folder)
+
+
+def test_the_library_itself_follows_an_index_out_of_its_folder(folder: Path) -> None:
+    """The reason for the check below."""
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 4
+    with pytest.raises(ModelError, match="'../elsewhere.safetensors' is not the name of a file in this folder"):
         load_model(folder)
 
 
@@ -94,10 +99,10 @@ def test_an_index_that_leaves_its_folder(shard: object, folder: Path) -> None:
         load_model(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}', '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}', '{"a": 1, "a": 2}', "[" * 100_000])
 def test_an_index_that_is_none(text: str, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ModelError, match="index.json: "):
+    with pytest.raises(ModelError, match="weights in .* cannot be read: .*Get the file again"):
         load_model(folder)
 
 
@@ -108,18 +113,6 @@ def test_a_config_that_is_none(config: str, folder: Path) -> None:
     (folder / "config.json").write_text(config)
     with pytest.raises(ModelError, match="Could not load a causal language model"):
         load_model(folder)
-
-
-def test_json_is_read_strictly() -> None:
-    assert parse_json('{"a": [1, 2.5, null, "é"]}') == {"a": [1, 2.5, None, "é"]}
-    for text, message in (
-        ('{"a": 1, "a": 1}', "'a' stands twice"),
-        ("[NaN]", "number NaN"),
-        ("[-Infinity]", "-Infinity"),
-        (b"\xff", "not JSON"),
-    ):
-        with pytest.raises(HeaderError, match=message):
-            parse_json(text)
 
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
@@ -143,14 +136,13 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_good_gguf_file_is_accepted_and_ends_where_the_reader_says(gguf: Path, tmp_path: Path) -> None:
-    check_gguf(gguf)
-    last = max(t.data_offset + t.n_bytes for t in GGUFReader(gguf).tensors)
+    last = max(t.data_offset + t.n_bytes for t in _StrictGGUFReader(gguf).tensors)
     data = gguf.read_bytes()
     (tmp_path / "cut.gguf").write_bytes(data[:last])
-    check_gguf(tmp_path / "cut.gguf")
+    _StrictGGUFReader(tmp_path / "cut.gguf")
     (tmp_path / "cut.gguf").write_bytes(data[: last - 1])
-    with pytest.raises(HeaderError, match=f"tensors end at byte {last}, and the file has {last - 1}"):
-        check_gguf(tmp_path / "cut.gguf")
+    with pytest.raises(ValueError, match="."):
+        _StrictGGUFReader(tmp_path / "cut.gguf")
 
 
 def patched(at: int, form: str, value: int) -> Callable[[bytes], bytes]:
@@ -162,24 +154,25 @@ def after(what: bytes, skip: int, form: str, value: int) -> Callable[[bytes], by
 
 
 GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda d: b"", "too short"),
-    "magic": (lambda d: b"GGML" + d[4:], "does not begin with GGUF"),
-    "version": (patched(4, "<I", 99), "GGUF version is 99"),
-    "tensor count": (patched(8, "<Q", 2**60), "claims 1152921504606846976 tensors"),
-    "entry count": (patched(16, "<Q", 2**60), "claims 1152921504606846976 metadata entries"),
-    "name length": (patched(24, "<Q", 2**62), "claims 4611686018427387904 more bytes"),
-    "array length": (after(b"ggml.tokens", 8, "<Q", 2**60), "claims 1152921504606846976 entries of a list"),
-    "number array length": (after(b"ggml.scores", 8, "<Q", 2**61), "more bytes"),
-    "array of arrays": (after(b"ggml.tokens", 4, "<I", 9), "truncated|unknown kind"),
-    "value kind": (after(b"x.flag", 0, "<I", 77), "value of unknown kind 77"),
-    "alignment": (after(b"general.alignment", 4, "<I", 2**31), "alignment is 2147483648"),
-    "alignment 0": (after(b"general.alignment", 4, "<I", 0), "alignment is 0"),
-    "dimensions": (after(b"blk.0.weight", 0, "<I", 2**31), "has 2147483648 dimensions"),
-    "shape": (after(b"blk.0.weight", 4, "<Q", 2**62), "tensors end at byte .*truncated or damaged"),
-    "tensor kind": (after(b"blk.0.weight", 4 + 16, "<I", 999), "is of unknown kind 999"),
-    "offset": (after(b"blk.1.weight", 4 + 8 + 4, "<Q", 2**63), "tensors end at byte"),
-    "cut in the header": (lambda d: d[:60], "truncated or damaged"),
+    "empty": (lambda d: b"", "empty file"),
+    "magic": (lambda d: b"GGML" + d[4:], "GGUF magic invalid"),
+    "version": (patched(4, "<I", 99), "version 99"),
+    "tensor count": (patched(8, "<Q", 2**60), "."),
+    "entry count": (patched(16, "<Q", 2**60), "it claims 1125899906842624 more numbers"),
+    "name length": (patched(24, "<Q", 2**62), "it claims 4611686018427387904 more numbers"),
+    "array length": (after(b"ggml.tokens", 8, "<Q", 2**60), "it claims .* more numbers"),
+    "number array length": (after(b"ggml.scores", 8, "<Q", 2**61), "it claims 1 more numbers"),
+    "array of arrays": (after(b"ggml.tokens", 4, "<I", 9), "it claims 1 more numbers"),
+    "value kind": (after(b"x.flag", 0, "<I", 77), "77.* is not a valid GGUFValueType"),
+    "alignment": (after(b"general.alignment", 4, "<I", 2**31), "it claims 128 more numbers"),
+    "alignment 0": (after(b"general.alignment", 4, "<I", 0), "Invalid alignment"),
+    "dimensions": (after(b"blk.0.weight", 0, "<I", 2**31), "it claims 2147483648 more numbers"),
+    "shape": (after(b"blk.0.weight", 4, "<Q", 2**62), "cannot reshape array"),
+    "tensor kind": (after(b"blk.0.weight", 4 + 16, "<I", 999), "999.* is not a valid GGMLQuantizationType"),
+    "offset": (after(b"blk.1.weight", 4 + 8 + 4, "<Q", 2**63), "it claims 3 more numbers"),
+    "cut in the header": (lambda d: d[:60], "."),
 }  # fmt: skip
+"""With "number array length" and "array of arrays" the library's own reader goes on as if for ever."""
 
 
 @pytest.mark.parametrize("kind", GGUF)
@@ -197,11 +190,12 @@ def test_a_gguf_file_without_a_model_is_refused_by_name(gguf: Path) -> None:
         load_model(gguf)
 
 
-def test_fuzzed_gguf_headers(gguf: Path, tmp_path: Path) -> None:
-    """1500 damaged headers: each is refused, or the usual reader reads the file to its end without going on for ever."""
+@pytest.mark.parametrize("count", [200, pytest.param(1500, marks=pytest.mark.long)])
+def test_fuzzed_gguf_headers(count: int, gguf: Path, tmp_path: Path) -> None:
+    """Each damaged header is refused, or read to its end without going on for ever."""
     data, draw, file, accepted = gguf.read_bytes(), random.Random(0), tmp_path / "bad.gguf", 0
     header = data.index(b"blk.1.weight") + 40
-    for _ in range(1500):
+    for _ in range(count):
         changed = bytearray(data)
         for _ in range(draw.choice([1, 1, 2, 4])):
             at = draw.randrange(header)
@@ -210,12 +204,8 @@ def test_fuzzed_gguf_headers(gguf: Path, tmp_path: Path) -> None:
             )
         file.write_bytes(changed)
         try:
-            check_gguf(file)
-        except HeaderError:
+            _StrictGGUFReader(file)
+        except _BROKEN:  # what load_model turns into a ModelError
             continue
         accepted += 1
-        try:
-            GGUFReader(file)
-        except (ValueError, KeyError, IndexError, UnicodeDecodeError):
-            pass  # what load_model turns into a ModelError
-    assert 50 < accepted < 1450
+    assert count / 30 < accepted < count * 0.97
