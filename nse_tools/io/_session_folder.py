@@ -105,31 +105,7 @@ class RoundEntry:
 
 @dataclass(frozen=True)
 class SessionHead:
-    """What a saved session is: everything but the rounds themselves.
-
-    Parameters
-    ----------
-    model : ModelIdentity
-        The model it belongs to.
-    method : Method
-        The method, with all its settings.
-    contexts : Contexts, optional
-        The contexts, once they are known.
-    seed : int
-        The session's seed.
-    moments : MomentsIdentity, optional
-        Which key statistics it uses, once they are known.
-    unedited : str
-        Hash of the edited layers' weights before all edits.
-    rounds : tuple of RoundEntry
-        The rounds in effect, in their order.
-    tables : mapping of str to str
-        Names of the tables and their hashes.
-    versions, machine : mapping of str to str
-        With what, and where, it was last written.
-    created, written : str
-        When, in UTC.
-    """
+    """Describe a saved session: everything but the rounds themselves, which it names."""
 
     model: ModelIdentity
     method: Method

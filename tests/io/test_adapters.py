@@ -20,13 +20,16 @@ from nse_tools.io.export import low_rank
 
 PROMPT = "The capital of Italy is Rome. Danielle Darrieux"
 
+QUICK = ("gpt2", "llama", "gemma3")
+EVERY = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in NAMES])
+
 
 def logits(hf: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return hf(input_ids=ids, use_cache=False).logits[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@EVERY
 def test_peft_gives_the_edited_models_logits(name: str, tmp_path: Path) -> None:
     session = edited(name)
     state = weights_of(session.model)

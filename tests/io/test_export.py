@@ -1,4 +1,4 @@
-"""The whole model as a folder: plain transformers loads it and gives the same logits, bit for bit."""
+"""The whole model as a folder: plain transformers loads it and gives the same logits, bit for bit; for LoRA see test_adapters.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from nse_tools.models.editable_model import EditableModel
 PROMPT = "The capital of Italy is Rome. Danielle Darrieux"
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = ("gpt2", "llama", "gemma3")
+EVERY = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in NAMES])
+
+
+@EVERY
 def test_plain_transformers_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     session = edited(name)
     state = weights_of(session.model)

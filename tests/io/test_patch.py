@@ -1,4 +1,4 @@
-"""A patch gives the same model the session's weights bit for bit, and nothing to any other."""
+"""A patch gives the same model the session's weights bit for bit, and nothing to any other (patch.py, _shared_edit.py)."""
 
 from __future__ import annotations
 
