@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nse_tools.errors import MissingPackageError, ModelError
@@ -121,17 +122,29 @@ def _from_name(
 
 
 def _check_files(place: Path, gguf_file: str | None) -> None:
-    """Refuse local files that the libraries which read them would follow anywhere or for ever."""
+    """Refuse local weights that are damaged, by name, and those that would lead out of their folder or be read for ever."""
     try:
         if gguf_file:
             _StrictGGUFReader(place / gguf_file)
-        for index in sorted(place.glob("*.safetensors.index.json")) if place.is_dir() else ():
-            _check_index(index)
+        elif place.is_dir():
+            for file in sorted(place.glob("*.safetensors")):
+                _check_header(file)
+            for index in sorted(place.glob("*.safetensors.index.json")):
+                _check_index(index)
     except _BROKEN as wrong:
         where = place / gguf_file if gguf_file else place
         raise ModelError(
             f"The weights in {where} cannot be read: {wrong}. Get the file again; a download may have been cut off."
         ) from wrong
+
+
+def _check_header(file: Path) -> None:
+    """Let the library check a header; transformers would not say which file is damaged."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as wrong:
+        raise ValueError(f"{file.name}: {wrong}") from wrong
 
 
 def _check_index(file: Path) -> None:

@@ -75,12 +75,12 @@ def test_a_broken_patch_is_refused_before_the_model_is_loaded(place: Path, tmp_p
         done = run(*words, *([] if words[0] == "inspect" else ["--model", tmp_path / "no such model"]))
         assert done.exit_code == 2
         assert "bad[red] cannot be read" in done.output
-        assert "truncated" in done.output
+        assert "file not fully covered" in done.output
     assert not (tmp_path / "out").exists()
 
 
 def test_markup_in_texts_is_shown_as_it_is(place: Path, tmp_path: Path) -> None:
-    bad = forge(place / "patch", tmp_path / "bad", manifest=lambda said: said["rounds"][0][0].update(subject="[red]x[/blue]"))
+    bad = forge(place / "patch", tmp_path / "bad", manifest=lambda said: said["rounds"][0]["facts"][0].update(subject="[red]x[/blue]"))
     assert "[red]x[/blue]" in run("inspect", bad).output
 
 

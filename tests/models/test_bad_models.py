@@ -36,7 +36,7 @@ def test_a_truncated_file_of_weights_is_said(folder: Path, share: float) -> None
     data = file.read_bytes()
     assert load_model(folder).n_layers == 4
     file.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ModelError, match=r"weights in .*model cannot be read: model.safetensors: .*Get the file anew"):
+    with pytest.raises(ModelError, match=r"weights in .*model cannot be read: model.safetensors: .*Get the file again"):
         load_model(folder)
 
 
@@ -55,7 +55,7 @@ def test_a_broken_or_missing_file_beside_the_weights_is_said(folder: Path, name:
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(100), b"GGUF\3\0\0\0" + b"\xff" * 100, b"no gguf at all"])
 def test_a_broken_gguf_file_is_said(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.gguf").write_bytes(content)
-    with pytest.raises(ModelError, match=r"weights in .*m.gguf cannot be read: .*Get the file anew"):
+    with pytest.raises(ModelError, match=r"weights in .*m.gguf cannot be read: .*Get the file again"):
         load_model(tmp_path / "m.gguf")
 
 
