@@ -126,6 +126,8 @@ class Method(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isprintable() or not self.name.strip():
             raise SettingError(f"name={self.name!r:.80}: expected a printable text of one line.")
+        if not isinstance(self.preset, str | None):
+            raise SettingError(f"preset={self.preset!r:.80}: expected the name of a preset, or None.")
         object.__setattr__(self, "layers", checked_layers(self.layers))
 
     # ---- what a family does ------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
         ({"kind": "c"}, "kind: expected one of a, b, got 'c'"),
         ({"kind": ["a"]}, "kind: expected one of a, b"),
         ({"method": {"name": "x", "layers": [True]}}, "."),
+        ({"method": {**METHOD.to_dict(), "preset": {}}}, "preset={}: expected the name of a preset"),
         ({"inner": {"0": 1}}, "inner: expected list"),
         ({"inner": [{"number": True}]}, "inner.0.number: expected int, got True"),
         ({"inner": [{"number": 1, "tensor": {"tensor": "x"}}]}, "inner.0.tensor: expected the name of a tensor of the file"),
