@@ -1,4 +1,4 @@
-"""``check_model`` (and ``_checks``) on models that can be edited, and on models that are wrong in one way each: it says which. The memory of edits."""
+"""``check_model`` (and ``_checks``) on models that work, and on models that are wrong in one way each; the memory that edits take."""
 
 from __future__ import annotations
 
