@@ -1,4 +1,4 @@
-"""The single checks of :func:`nse_tools.check_model`: each returns verdict, what was seen and what to do."""
+"""Run the single checks of :func:`nse_tools.check_model`: each returns verdict, what was seen and what to do."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ BARE = Contexts(("",))
 PROBES = (("The capital of {} is", "France"), ("{} was born in", "São Tomé"), ("Who wrote about {}", "東京 & Øresund"))
 PLAIN_TEXT = "The sun rises in the east and sets in the west, and in the summer the days are longer than in the winter."
 CLOSE = 1e-3
-"""Relative difference that is put down to rounding."""
+"""Relative difference that rounding explains."""
 SHORT_WINDOW = 64
 """Prompts with a prefix and a target are mostly shorter."""
 
 
 def trial_layers(model: EditableModel) -> tuple[int, ...]:
-    """Return the layers that a trial edits: those at the usual depth."""
+    """Return the layers that the trial edits: those at the usual depth."""
     return propose_layers(None, torch.ones(model.n_layers))
 
 
 def architecture_of(model: EditableModel) -> Finding:
-    """Which row of the table it is, and whether the down projection does what its orientation says."""
+    """Name the row of the table, and check that the down projection does what its orientation says."""
     rows = [name for name, row in ARCHITECTURES.items() if row == model.architecture]
     layer = trial_layers(model)[-1]
     down = model.down(layer)
@@ -64,27 +64,27 @@ def architecture_of(model: EditableModel) -> Finding:
 
 
 def tokens(model: EditableModel) -> Finding:
-    """Whether the subject's last token is found by characters, and every token has an embedding."""
+    """Check that the subject's last token is found by characters, and that every token has an embedding."""
     table = model.hf.get_input_embeddings().weight.shape[0]
-    lost = []
+    misspelt = []
     for prompt, subject in PROBES:
-        found = locate(model, prompt, subject)
-        if max(found.ids) >= table:
-            return "problem", f"token {max(found.ids)} has no embedding ({table} rows)", "Take the tokenizer that belongs to the model."
-        said = model.tokenizer.decode(list(found.upto_subject), skip_special_tokens=True)
-        if not said.rstrip().endswith(subject[-1]):
-            lost.append(subject)
-    if lost:
+        located = locate(model, prompt, subject)
+        if max(located.ids) >= table:
+            return "problem", f"token {max(located.ids)} has no embedding ({table} rows)", "Take the tokenizer that belongs to the model."
+        decoded = model.tokenizer.decode(list(located.upto_subject), skip_special_tokens=True)
+        if not decoded.rstrip().endswith(subject[-1]):
+            misspelt.append(subject)
+    if misspelt:
         return (
             "warning",
-            f"tokens of {', '.join(map(repr, lost))} do not spell it again",
+            f"tokens of {', '.join(map(repr, misspelt))} do not spell it again",
             "The tokenizer changes letters; look at locate(model, prompt, subject) for subjects like these.",
         )
     return "ok", f"subjects are found by characters, also {PROBES[-1][1]!r}; {len(model.tokenizer)} tokens, {table} embeddings", ""
 
 
 def first_token(model: EditableModel) -> Finding:
-    """Whether a BOS token is put first, and whether the model wants one."""
+    """Check whether a BOS token is put first, and whether the model needs one."""
     ids = list(model.encode(PLAIN_TEXT).ids)
     bos = model.tokenizer.bos_token_id
     if model.encode(PLAIN_TEXT).spans[0] == (0, 0):
@@ -96,14 +96,14 @@ def first_token(model: EditableModel) -> Finding:
     if without - with_it > 0.5:
         return (
             "warning",
-            f"{seen}; plain text costs {without:.2f} nats a token, with {model.tokenizer.bos_token!r} first {with_it:.2f}",
+            f"{seen}; plain text costs {without:.2f} nats per token, with {model.tokenizer.bos_token!r} first {with_it:.2f}",
             "Load the tokenizer so that it adds its BOS token (add_bos_token=True).",
         )
-    return "ok", f"{seen}; {model.tokenizer.bos_token!r} first would change little ({without:.2f} → {with_it:.2f} nats a token)", ""
+    return "ok", f"{seen}; {model.tokenizer.bos_token!r} first would change little ({without:.2f} → {with_it:.2f} nats per token)", ""
 
 
 def padding(model: EditableModel) -> Finding:
-    """Whether a row has the same state in a batch with a longer one as alone."""
+    """Check that a row has the same state in a batch with a longer one as alone."""
     rows = [locate(model, prompt, subject).upto_subject for prompt, subject in PROBES]
     layer = model.n_layers - 1
     together = LastTokenStates.record(model, rows, layer, layer).hidden(layer).float()
@@ -116,26 +116,25 @@ def padding(model: EditableModel) -> Finding:
 
 
 def attention_window(model: EditableModel) -> Finding:
-    """How far back the model looks, and how many positions it has."""
+    """Report how far back the model attends, and how many positions it has."""
     config = model.hf.config.get_text_config()
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    room = model.n_positions
-    seen = (
-        f"{'all tokens before' if window is None else f'{window} tokens back in some or all layers'}; {room or 'any number of'} positions"
-    )
+    positions = model.n_positions
+    back = "all tokens before" if window is None else f"{window} tokens back in some or all layers"
+    seen = f"{back}; {positions or 'any number of'} positions"
     if window is not None and window < SHORT_WINDOW:
         return (
             "warning",
             seen,
-            "Prompts longer than the window are run one line each, whole and more slowly; a subject further back than it is out of sight.",
+            "Prompts longer than the window are run one by one, whole and more slowly; a subject further back is not attended to.",
         )
-    if room is not None and room < SHORT_WINDOW:
+    if positions is not None and positions < SHORT_WINDOW:
         return "warning", seen, "Long prompts with their prefix and target do not fit, and are refused by name."
     return "ok", seen, ""
 
 
 def numbers(model: EditableModel) -> Finding:
-    """Dtype of the weights, float64 where updates are added, and whether a forward gives the same bits twice."""
+    """Check the weights' dtype, float64 where updates are added, and that a forward pass gives the same bits twice."""
     weight = model.weight(trial_layers(model)[-1])
     if not weight.is_floating_point():
         return (
@@ -152,31 +151,35 @@ def numbers(model: EditableModel) -> Finding:
     if not torch.equal(*again):
         return (
             "warning",
-            f"{seen}; two forwards differ by {_apart(*again):.1g}",
+            f"{seen}; two forward passes differ by {_apart(*again):.1g}",
             "torch.use_deterministic_algorithms(True), if runs shall repeat.",
         )
     if weight.dtype in (torch.bfloat16, torch.float16):
         return (
             "warning",
             seen,
-            "Updates are rounded to it, small ones partly lost; load with dtype=torch.float32 where that fits (estimate_memory).",
+            "Updates are rounded to it, small ones partly vanish; load with dtype=torch.float32 where that fits (estimate_memory).",
         )
-    return "ok", f"{seen}; sums and solves in float64; a forward repeats bit for bit", ""
+    return "ok", f"{seen}; sums and solves in float64; a forward pass repeats bit for bit", ""
 
 
-def place_of_weights(model: EditableModel) -> Finding:
-    """Whether weights are in memory, and where."""
-    away = [name for name, p in model.hf.named_parameters() if p.device.type == "meta"]
+def placement(model: EditableModel) -> Finding:
+    """Check that the edited weights are in memory, and name the devices."""
+    offloaded = {name for name, p in model.hf.named_parameters() if p.device.type == "meta"}
     edited = {model.weight_name(layer) for layer in trial_layers(model)}
     devices = sorted({str(p.device) for p in model.hf.parameters()})
-    if edited & set(away):
+    if edited & offloaded:
         return (
             "problem",
-            f"{len(away)} tensors are offloaded, {min(edited & set(away))} among them",
+            f"{len(offloaded)} tensors are offloaded, {min(edited & offloaded)} among them",
             "Keep the edited layers in memory (device_map).",
         )
-    if away:
-        return "warning", f"{len(away)} tensors are offloaded, none of the edited layers", "Every forward loads them anew: slow, but exact."
+    if offloaded:
+        return (
+            "warning",
+            f"{len(offloaded)} tensors are offloaded, none of the edited layers",
+            "Every forward pass loads them again: slow, but exact.",
+        )
     config = getattr(model.hf.config, "quantization_config", None)
     if config is not None:
         return "warning", f"weights were quantised ({type(config).__name__})", "Values and scores are those of the quantised model."
@@ -184,7 +187,7 @@ def place_of_weights(model: EditableModel) -> Finding:
 
 
 def shared_weights(model: EditableModel) -> Finding:
-    """Whether a down projection is also something else's weight."""
+    """Check that no down projection is also another weight of the model."""
     places = [model.weight(layer).data_ptr() for layer in range(model.n_layers) if model.weight(layer).device.type != "meta"]
     if len(set(places)) < len(places):
         return "problem", "layers share their down projection", "Editing one layer edits the others too; this method is not made for it."
@@ -195,8 +198,8 @@ def shared_weights(model: EditableModel) -> Finding:
     return "ok", f"embedding and unembedding are {'one matrix' if tied else 'two'}, which editing leaves alone", ""
 
 
-def reach(model: EditableModel) -> Finding:
-    """How much of a change of the MLP's output arrives in the hidden state: all, unless a norm or a factor stands behind it."""
+def after_mlp(model: EditableModel) -> Finding:
+    """Measure how much of a change of the MLP's output arrives in the hidden state: all, unless a norm or a factor follows."""
     layer = trial_layers(model)[-1]
     prompt = locate_fact(model, TRIAL, with_target=False)
     clean = _leaving(model, layer, prompt.upto_subject, None)
@@ -207,18 +210,18 @@ def reach(model: EditableModel) -> Finding:
         return "ok", "a change of the MLP's output arrives in the hidden state as it is", ""
     return (
         "warning",
-        f"of a change of the MLP's output {100 * share:.0f} % arrives in the hidden state: a norm or factor stands behind the MLP",
+        f"of a change of the MLP's output {100 * share:.0f} % arrives in the hidden state: a norm or factor follows the MLP",
         "The update, which counts on all of it, under- or overshoots: give it more passes (passes=4), look at round.residuals().",
     )
 
 
-def short_way(model: EditableModel) -> Finding:
-    """Which way of the value search gives the model's own states."""
+def fast_replay(model: EditableModel) -> Finding:
+    """Check whether the value optimisation may replay only what follows the subject."""
     values = compute_values(model, [TRIAL], BARE, _trial_method(model, v_num_grad_steps=2))
     if values.replay_mode == "whole":
         return (
             "warning",
-            "the value search must run whole prompts: replaying only what follows the subject does not give the model's own states",
+            "the value optimisation must run whole prompts: replaying only what follows the subject does not give the model's own states",
             "Several times slower, and exact; attn_implementation='sdpa' or 'eager' may help.",
         )
     packed = packs_rows(model)
@@ -227,33 +230,33 @@ def short_way(model: EditableModel) -> Finding:
 
 
 def trial_edit(model: EditableModel) -> Finding:
-    """Edit one fact, see what it does, undo it, compare the bits."""
+    """Edit one fact, measure what it does, undo it, compare the bits."""
     if changed_layers(model):
         return "warning", "the model carries edits, so no trial was made", "Check the unedited model: session.rewind(to=0)."
-    held, layers = set(model.originals.layers), trial_layers(model)
+    kept_originals, layers = set(model.originals.layers), trial_layers(model)
     before = digest_of(model, layers)
-    kept = {layer: copy_of(model.weight(layer)) for layer in layers}
+    copies = {layer: copy_of(model.weight(layer)) for layer in layers}
     try:
         session = EditSession(model, _trial_method(model), contexts=BARE, moments=_plain_moments(model), progress=False, value_cache=False)
-        done = session.edit(TRIAL)
+        edit_round = session.edit(TRIAL)
         session.undo()
     finally:
         undone = digest_of(model, layers) == before
         if not undone:
-            for layer, weight in kept.items():
+            for layer, weight in copies.items():
                 model.weight(layer).copy_(weight)
-        model.originals.release([layer for layer in layers if layer not in held])
+        model.originals.release([layer for layer in layers if layer not in kept_originals])
     if not undone:
         return "problem", "undo did not give the weights back (they were restored from a copy)", "Please report this model."
-    table = done.values.to_frame()
+    table = edit_round.values.to_frame()
     first, last = table.probability_before[0], table.probability[0]
-    left = done.final_residuals[0] / float(done.values.delta.norm())
+    left = edit_round.final_residuals[0] / float(edit_round.values.delta.norm())
     seen = (
-        f"layers {layers[0]}–{layers[-1]}: p({TRIAL.target_new}) {first:.2g} → {last:.2g} in the search; "
-        f"{100 * left:.0f} % of the residual left after {len(done.passes)} passes; undone bit for bit"
+        f"layers {layers[0]}–{layers[-1]}: p({TRIAL.target_new}) {first:.2g} → {last:.2g} in the optimisation; "
+        f"{100 * left:.0f} % of the residual left after {len(edit_round.passes)} passes; undone bit for bit"
     )
     if last <= first:
-        return "warning", seen, "The search did not make the target likelier: calibrate v_lr and clamp (nse.calibrate)."
+        return "warning", seen, "The optimisation did not make the target likelier: calibrate v_lr and clamp (nse.calibrate)."
     if left > 0.5:
         return "warning", seen, "The update does not reach the value: more passes, other layers (nse.calibrate)."
     return "ok", seen, "Settings for this model: nse.calibrate(model, facts)."
@@ -272,11 +275,8 @@ def _rate(model: EditableModel) -> float:
 
 def _plain_moments(model: EditableModel) -> SecondMoments:
     """Return made-up key statistics of the right size: a multiple of the identity, ‖k‖² of the trial's key."""
-    found = {}
-    for layer in trial_layers(model):
-        size = float(collect_keys(model, [TRIAL], BARE, layer).matrix.norm() ** 2)
-        found[layer] = torch.eye(model.d_ff) * max(size, 1e-12)
-    return SecondMoments(found, 0, "made up for a trial")
+    sizes = {layer: float(collect_keys(model, [TRIAL], BARE, layer).matrix.norm() ** 2) for layer in trial_layers(model)}
+    return SecondMoments({layer: torch.eye(model.d_ff) * max(size, 1e-12) for layer, size in sizes.items()}, 0, "made up for a trial")
 
 
 def _leaving(model: EditableModel, layer: int, ids: tuple[int, ...], push: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Check a new model: what works on it, what would go wrong, what to do about it, and how much memory edits take."""
+"""Check whether a model can be edited, and estimate the memory that edits take."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ CHECKS: dict[str, Callable[[EditableModel], Finding]] = {
     "padding": checks.padding,
     "window": checks.attention_window,
     "numbers": checks.numbers,
-    "place of the weights": checks.place_of_weights,
+    "placement": checks.placement,
     "shared weights": checks.shared_weights,
-    "behind the MLP": checks.reach,
-    "short way": checks.short_way,
+    "after the MLP": checks.after_mlp,
+    "fast replay": checks.fast_replay,
     "trial edit": checks.trial_edit,
 }
 """Checks by name, in their order."""
@@ -64,7 +64,7 @@ class Check:
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What :func:`check_model` found.
+    """Results of :func:`check_model`.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ class ModelCheck:
         return not self.of("problem")
 
     def of(self, verdict: Verdict) -> list[Check]:
-        """Return the checks that came out so."""
+        """Return the checks with a verdict."""
         return [check for check in self.checks if check.verdict == verdict]
 
     def __getitem__(self, name: str) -> Check:
@@ -112,18 +112,18 @@ def check_model(
 ) -> ModelCheck:
     """Check whether a model can be edited, and what needs attention.
 
-    The module tree, the tokenizer, padding, how the value search can run, precision, what stands behind the MLP, windows, tied
-    and offloaded weights are looked at, mostly by running the model on short prompts; finally one fact is edited, and undone.
+    The module tree, the tokenizer, padding, how the value optimisation can run, precision, what follows the MLP, windows, tied
+    and offloaded weights are checked, mostly by running the model on short prompts; finally one fact is edited, and undone.
     The model is left bit for bit as it was.
 
     Parameters
     ----------
     model : EditableModel, PreTrainedModel, str or Path
-        The model, or what :func:`nse_tools.load_model` loads.
+        The model, or anything that :func:`nse_tools.load_model` loads.
     tokenizer : PreTrainedTokenizerBase, optional
         The tokenizer of a loaded transformers model.
     architecture : Architecture, optional
-        Where the four places are, for a module tree that is not known.
+        The four module paths, for a module tree that is not known.
 
     Returns
     -------
@@ -137,20 +137,22 @@ def check_model(
             name = model if isinstance(model, str | Path) else type(model).__name__
             return ModelCheck(str(name), (Check("wrapping", "problem", str(refused), "Follow the message, then check again."),))
     before = checksum_of(model)
-    found = tuple(_run_checks(model))
-    untouched = checksum_of(model) == before
-    last = Check("unchanged", "ok" if untouched else "problem", "the model is " + ("bit for bit" if untouched else "not") + " as before")
-    return ModelCheck(model.name, (*found, last))
+    results = tuple(_run_checks(model))
+    if checksum_of(model) == before:
+        unchanged = Check("unchanged", "ok", "the model is bit for bit as before")
+    else:
+        unchanged = Check("unchanged", "problem", "the model is not as before", "Load it again, and report this model.")
+    return ModelCheck(model.name, (*results, unchanged))
 
 
 def _run_checks(model: EditableModel) -> Iterator[Check]:
-    """Run every check; one that cannot be made is a problem of its own."""
+    """Run every check; one that fails is a problem."""
     for name, check in CHECKS.items():
         try:
             verdict, seen, advice = check(model)
-        except Exception as wrong:  # a new model may break anything; the other checks still say something
+        except Exception as error:  # a new model may break anything; the other checks still say something
             _log.info("check %r of %s failed", name, model.name, exc_info=True)
-            verdict, seen, advice = "problem", f"{type(wrong).__name__}: {wrong}"[:400], "This step fails on the model; see the message."
+            verdict, seen, advice = "problem", f"{type(error).__name__}: {error}"[:400], "This step fails on the model; see the message."
         yield Check(name, verdict, seen, advice)
 
 
@@ -190,7 +192,7 @@ def estimate_memory(
     """Estimate the memory that a sequence of rounds takes, from sizes alone; for a configuration no weights are needed.
 
     The largest parts grow with d_ff²: key statistics C in float32 and, in float64, the factors of λC and, once
-    ``LOW_RANK`` times the previous keys exceed d_ff, the sum H and the factors of each round. Activations of the value search
+    ``LOW_RANK`` times the previous keys exceed d_ff, the sum H and the factors of each round. Activations of the value optimisation
     stay within the budget of one batch (:data:`nse_tools.steps._value_optimizer.MEMORY_BUDGET`).
 
     Parameters
@@ -224,7 +226,7 @@ def estimate_memory(
         ("weights", "device", "", sum(p.numel() for p in bare.parameters()) * itemsize),
         ("original weights of the edited layers", "host", "", n * weight * itemsize),
         ("record of all rounds", "host", "", record),
-        ("activations of the value search", "device", "values", MEMORY_BUDGET),
+        ("activations of the value optimisation", "device", "values", MEMORY_BUDGET),
         ("p₀ of the KL term", "device", "values", 12 * facts * vocabulary),
         ("W, ΔW and their sum, float64", "host", "update", 48 * weight),
     ]
@@ -244,6 +246,6 @@ def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             built: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except Exception as wrong:  # a configuration that contradicts itself fails anywhere in the model's code
-        raise ModelError(f"config: expected one that transformers builds a causal language model from, got {str(wrong)[:300]}") from wrong
+    except Exception as error:  # a configuration that contradicts itself fails anywhere in the model's code
+        raise ModelError(f"config: expected one that transformers builds a causal language model from, got {str(error)[:300]}") from error
     return built

@@ -95,10 +95,10 @@ def test_the_closed_share_is_what_dense_solves_give(model: EditableModel) -> Non
     assert proposals.closed_share(proposals.key_spectra(keys, moments), 7.0) == pytest.approx(1 - float(left), rel=1e-8)
 
 
-def test_arrived_counts_facts_that_stopped_before() -> None:
+def test_reached_counts_facts_that_stopped_before() -> None:
     trace = pd.DataFrame({"fact": ["a", "a", "b", "b", "b"], "step": [0, 1, 0, 1, 2], "probability": [0.1, 0.95, 0.2, 0.5, 0.95]})
-    assert proposals.arrived(trace, 1).to_dict() == {"a": True, "b": False}
-    assert proposals.arrived(trace, 2).to_dict() == {"a": True, "b": True}
+    assert proposals.reached(trace, 1).to_dict() == {"a": True, "b": False}
+    assert proposals.reached(trace, 2).to_dict() == {"a": True, "b": True}
 
 
 def test_the_first_that_suffices_or_the_least_loss() -> None:

@@ -1,16 +1,23 @@
-"""``check_model`` on models that can be edited, and on models that are wrong in one way each: it says which."""
+"""``check_model`` (and ``_checks``) on models that work, and on models that are wrong in one way each; the memory that edits take."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 
-from helpers.models import NAMES, build, build_hf, tokenizer
+from helpers.models import CONTEXTS, FACTS, NAMES, build, build_hf, moments_for, tokenizer
 from helpers.sessions import same, weights
-from nse_tools.editing._checks import trial_layers
-from nse_tools.editing.check_model import ModelCheck, check_model
+from nse_tools import methods
+from nse_tools.data.fact_list import FactList
+from nse_tools.editing._checks import placement, trial_layers
+from nse_tools.editing.check_model import ModelCheck, check_model, estimate_memory
+from nse_tools.editing.session import EditSession
+from nse_tools.errors import ModelError
 from nse_tools.models.editable_model import EditableModel
 
+LAYERS = (0, 2)
+METHOD = methods.nse(None, layers=LAYERS, v_num_grad_steps=2, mom2_update_weight=2.0)
 NORM_BEHIND = {"gemma2", "gemma3", "olmo2"}
 WINDOWED = {"mistral", "gemma2", "gemma3"}
 
@@ -23,7 +30,7 @@ def test_every_architecture_is_checked_and_left_as_it_was(name: str) -> None:
     assert same(before, weights(model))
     assert model.originals.layers == []
     assert found.ok, found.to_frame().to_string()
-    assert (found["behind the MLP"].verdict == "warning") == (name in NORM_BEHIND)
+    assert (found["after the MLP"].verdict == "warning") == (name in NORM_BEHIND)
     assert (found["window"].verdict == "warning") == (name in WINDOWED)
     assert "undone bit for bit" in found["trial edit"].seen
     assert len(repr(found).splitlines()) == 1
@@ -45,13 +52,11 @@ def test_precision_offloading_and_shared_weights_are_seen() -> None:
     other = next(layer for layer in range(4) if layer not in trial_layers(away))
     place = away.layer(other).mlp.up_proj
     found = check_model(away)
-    assert found["place of the weights"].seen == "all on cpu"
+    assert found["placement"].seen == "all on cpu"
     place.weight = torch.nn.Parameter(place.weight.to("meta"), requires_grad=False)
-    from nse_tools.editing._checks import place_of_weights
-
-    assert place_of_weights(away)[0] == "warning"
+    assert placement(away)[0] == "warning"
     away.down(trial_layers(away)[-1]).weight = torch.nn.Parameter(torch.empty(32, 40, device="meta"), requires_grad=False)
-    assert place_of_weights(away)[0] == "problem"
+    assert placement(away)[0] == "problem"
 
 
 def test_a_tokenizer_of_another_model_is_noticed() -> None:
@@ -91,8 +96,6 @@ def test_a_model_that_carries_edits_gets_no_trial() -> None:
 
 
 def test_a_model_that_cannot_be_wrapped_gives_one_problem() -> None:
-    import transformers as tf
-
     config = tf.OlmoeConfig(
         vocab_size=400, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, num_experts=4
     )
@@ -100,3 +103,35 @@ def test_a_model_that_cannot_be_wrapped_gives_one_problem() -> None:
     assert isinstance(found, ModelCheck)
     assert not found.ok
     assert "mixture of experts" in found.checks[0].seen
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_large_parts_are_what_a_session_holds(name: str) -> None:
+    model = build(name)
+    session = EditSession(model, METHOD, contexts=CONTEXTS, moments=moments_for(model, LAYERS), progress=False, value_cache=False)
+    session.edit(FactList(list(FACTS)[:2]))
+    gb = estimate_memory(model, METHOD, facts=2, rounds=1).to_frame().set_index("part").gb
+    assert gb["weights"] * 1e9 == pytest.approx(sum(p.nbytes for p in model.hf.parameters()))
+    assert gb["C of the edited layers, float32"] * 1e9 == pytest.approx(sum(session.moments[layer].nbytes for layer in LAYERS))
+    assert gb["original weights of the edited layers"] * 1e9 == pytest.approx(sum(model.weight(layer).nbytes for layer in LAYERS))
+    factors = [lower for p in session._prepared[1].values() for lower, _ in p.preserved._factors.values()]
+    assert gb["factors of λC, float64"] * 1e9 == pytest.approx(sum(lower.nbytes for lower in factors))
+
+
+def test_a_configuration_is_enough_and_gives_what_the_model_gives() -> None:
+    model = build("llama")
+    assert estimate_memory(model.hf.config, METHOD).to_frame().equals(estimate_memory(model, METHOD).to_frame())
+    llama = tf.LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, vocab_size=128256, num_key_value_heads=8)
+    found = estimate_memory(llama, methods.nse("llama3-8b"), itemsize=2)
+    assert found.peak("device") == pytest.approx(16, rel=0.15)
+    assert found.peak() == pytest.approx(found.peak("device") + found.peak("host"), rel=0.2)
+    assert repr(found).startswith("MemoryEstimate(")
+    more = estimate_memory(llama, methods.nse("llama3-8b"), itemsize=2, rounds=100)
+    assert more.peak("host") > found.peak("host")
+    assert estimate_memory(llama, methods.ft("llama3-8b"), itemsize=2).peak("host") < found.peak("host") / 5
+
+
+def test_a_configuration_that_makes_no_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="config: expected one that transformers builds"):
+        estimate_memory(tf.ViTConfig(), METHOD)
